@@ -1,0 +1,3 @@
+// The door to libzstd: its header as it is.
+#pragma once
+#include <zstd.h>

@@ -1,0 +1,43 @@
+public import Logging
+
+/// How an image is opened; every part has a default.
+public struct OpenOptions: Sendable {
+    public enum Access: Sendable { case readOnly, readWrite }
+
+    public enum Locking: Sendable {
+        /// The byte locks QEMU honours are taken, or the open fails.
+        case required
+        /// Read-only although another program may write (`--force-share`).
+        case forceShare
+    }
+
+    public var access: Access
+    /// Which other files the image may make us open.
+    public var policy: OpenPolicy
+    public var locking: Locking
+    /// Bytes of L2 tables kept in memory, all layers together.
+    public var cacheByteCount: Int
+    /// Bytes of decompressed clusters kept in memory, all layers together.
+    public var decompressedCacheByteCount: Int
+    /// O_DIRECT on the image's files.
+    public var bypassesPageCache: Bool
+    public var logger: Logger
+
+    public init(
+        access: Access = .readWrite,
+        policy: OpenPolicy = .imageDirectory,
+        locking: Locking = .required,
+        cacheByteCount: Int = 32 << 20,
+        decompressedCacheByteCount: Int = 32 << 20,
+        bypassesPageCache: Bool = false,
+        logger: Logger = Logger(label: "qcow2", factory: { _ in SwiftLogNoOpLogHandler() })
+    ) {
+        self.access = access
+        self.policy = policy
+        self.locking = locking
+        self.cacheByteCount = cacheByteCount
+        self.decompressedCacheByteCount = decompressedCacheByteCount
+        self.bypassesPageCache = bypassesPageCache
+        self.logger = logger
+    }
+}

@@ -1,0 +1,66 @@
+/// Bytes at offsets: what an image, a backing file or a copy's target lies on.
+///
+/// Any method may be called from any thread, several at once.  Offsets and counts are bytes.
+/// Everything a method throws is what the operating system said.
+public protocol BlockDevice: AnyObject, Sendable {
+    /// The length in bytes.
+    func byteCount() throws(SystemError) -> UInt64
+
+    /// Fills `buffer` from `offset` on and returns how many bytes there were:
+    /// fewer than asked only where the device ends.
+    func read(into buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) throws(SystemError) -> Int
+
+    /// Writes all of `bytes` at `offset`; a device that can grow grows.
+    func write(_ bytes: UnsafeRawBufferPointer, at offset: UInt64) throws(SystemError)
+
+    /// Returns when everything whose `write` returned before is on stable storage (`fdatasync`).
+    func flush() throws(SystemError)
+
+    /// Sets the length; new bytes read as zeros.
+    func resize(to byteCount: UInt64) throws(SystemError)
+
+    /// Gives the space of `range` back; it reads as zeros afterwards (`FALLOC_FL_PUNCH_HOLE`).
+    /// Throws `.notSupported` where this device cannot, and has then changed nothing.
+    func punchHole(_ range: Range<UInt64>) throws(SystemError)
+
+    /// The first offset from `offset` on that may hold data, nil when only holes follow
+    /// (`SEEK_DATA`).  A device that does not know says `offset`.
+    func nextData(from offset: UInt64) throws(SystemError) -> UInt64?
+
+    /// The first offset from `offset` on that is in a hole; the device's end counts as one
+    /// (`SEEK_HOLE`).
+    func nextHole(from offset: UInt64) throws(SystemError) -> UInt64
+
+    /// Whether bytes at or past the length, once written over by a longer neighbour, read as zeros:
+    /// true of a regular file, false of a block device or of RAM that was used before.
+    var readsZerosPastEnd: Bool { get }
+
+    /// A read-only, shared mapping of the device's bytes from offset 0 on, coherent with `write`,
+    /// or nil.  It may be longer than the device: whoever uses it stays below `byteCount`, and
+    /// only hands addresses to the kernel, which answers EFAULT where a file was cut short.
+    var mappedBytes: UnsafeRawBufferPointer? { get }
+
+    /// What a message calls this device: a path, mostly.
+    var name: String { get }
+}
+
+extension BlockDevice {
+    public var readsZerosPastEnd: Bool { false }
+    public var mappedBytes: UnsafeRawBufferPointer? { nil }
+    public func punchHole(_ range: Range<UInt64>) throws(SystemError) { throw .notSupported }
+    public func nextData(from offset: UInt64) throws(SystemError) -> UInt64? {
+        offset < (try byteCount()) ? offset : nil
+    }
+    public func nextHole(from offset: UInt64) throws(SystemError) -> UInt64 { try byteCount() }
+
+    /// Fills `buffer` from `offset` on, with zeros where the device has ended.
+    package func readPadded(
+        into buffer: UnsafeMutableRawBufferPointer, at offset: UInt64
+    ) throws(SystemError) {
+        let count = try read(into: buffer, at: offset)
+        if count < buffer.count {
+            UnsafeMutableRawBufferPointer(rebasing: buffer[count...]).initializeMemory(
+                as: UInt8.self, repeating: 0)
+        }
+    }
+}
