@@ -1,0 +1,83 @@
+/// A header extension: type, data, kept verbatim whether it is known or not.
+public struct HeaderExtension: Sendable, Hashable {
+    public var type: UInt32
+    public var data: [UInt8]
+
+    public init(type: UInt32, data: [UInt8]) {
+        self.type = type
+        self.data = data
+    }
+
+    public static let end: UInt32 = 0
+    public static let backingFormat: UInt32 = 0xE279_2ACA
+    public static let featureNames: UInt32 = 0x6803_F857
+    public static let bitmaps: UInt32 = 0x2385_2875
+    public static let encryptionHeader: UInt32 = 0x0537_BE77
+    public static let externalDataFile: UInt32 = 0x4441_5441
+
+    /// Types of which the format knows at most one in a header.
+    static let unique: Set<UInt32> = [
+        backingFormat, featureNames, bitmaps, encryptionHeader, externalDataFile,
+    ]
+
+    /// The extensions in `area`, which starts after the header's fixed part and ends where the
+    /// backing file's name or the first cluster's end is (specification, "Header extensions").
+    static func parse(_ area: UnsafeRawBufferPointer) throws(FormatError) -> [HeaderExtension] {
+        var found: [HeaderExtension] = []
+        var offset = 0
+        while let type = area.bigEndian(at: offset, as: UInt32.self), type != end {
+            guard let length = area.bigEndian(at: offset &+ 4, as: UInt32.self) else {
+                throw .truncated("header extension", needed: 8, found: UInt64(area.count &- offset))
+            }
+            let start = offset &+ 8
+            let byteCount = Int(length)  // 32 bits always fit
+            guard byteCount <= area.count &- start else {
+                throw .truncated(
+                    "header extension 0x" + String(type, radix: 16), needed: UInt64(length),
+                    found: UInt64(area.count &- start))
+            }
+            if unique.contains(type), found.contains(where: { $0.type == type }) {
+                throw .inconsistent("header extension 0x\(String(type, radix: 16)) appears twice")
+            }
+            found.append(HeaderExtension(type: type, data: Array(area[start..<start &+ byteCount])))
+            offset = start &+ (byteCount &+ 7) & ~7
+        }
+        return found
+    }
+}
+
+/// The bitmaps extension: where the bitmap directory is.
+public struct BitmapsExtension: Sendable, Hashable {
+    public var count: UInt32
+    /// Bytes of the directory.
+    public var directoryByteCount: UInt64
+    /// Host offset of the directory.
+    public var directoryOffset: UInt64
+
+    init(_ data: [UInt8], clusterByteCount: UInt64) throws(FormatError) {
+        guard data.count == 24 else {
+            throw .outOfRange("bitmaps extension's length", value: UInt64(data.count), allowed: "24")
+        }
+        let (count, reserved, byteCount, offset) = data.withUnsafeBytes {
+            (
+                $0.bigEndian(at: 0, as: UInt32.self) ?? 0, $0.bigEndian(at: 4, as: UInt32.self) ?? 0,
+                $0.bigEndian(at: 8, as: UInt64.self) ?? 0, $0.bigEndian(at: 16, as: UInt64.self) ?? 0
+            )
+        }
+        guard (1...Limits.bitmapCount).contains(UInt64(count)) else {
+            throw .outOfRange("number of bitmaps", value: UInt64(count), allowed: "1 to 65535")
+        }
+        guard reserved == 0 else {
+            throw .outOfRange("bitmaps extension's reserved field", value: UInt64(reserved), allowed: "0")
+        }
+        guard byteCount <= Limits.bitmapDirectoryByteCount else {
+            throw .tooLarge("bitmap directory", value: byteCount, limit: Limits.bitmapDirectoryByteCount)
+        }
+        guard offset & (clusterByteCount &- 1) == 0, offset < Limits.hostOffset else {
+            throw .misaligned("bitmap directory", offset: offset, alignment: clusterByteCount)
+        }
+        self.count = count
+        directoryByteCount = byteCount
+        directoryOffset = offset
+    }
+}

@@ -1,0 +1,23 @@
+/// One entry of an L1 table.
+///
+/// | bits  | meaning                                                             |
+/// |-------|---------------------------------------------------------------------|
+/// | 0–8   | reserved, 0                                                         |
+/// | 9–55  | host offset of the L2 table, cluster aligned; 0: none, unallocated  |
+/// | 56–62 | reserved, 0                                                         |
+/// | 63    | COPIED: the L2 table has exactly one reference; active table only   |
+package struct L1Entry: Equatable, Sendable {
+    package var bits: UInt64
+
+    @inline(__always) package init(bits: UInt64) { self.bits = bits }
+
+    /// An entry for an L2 table at `offset` that has exactly one reference.
+    @inline(__always) package init(copiedTableAt offset: UInt64) { bits = offset | L1Entry.copied }
+
+    static let copied: UInt64 = 1 << 63
+    static let offsetMask: UInt64 = 0x00ff_ffff_ffff_fe00
+
+    @inline(__always) package var offset: UInt64 { bits & L1Entry.offsetMask }
+    @inline(__always) package var isCopied: Bool { bits & L1Entry.copied != 0 }
+    package var reservedBits: UInt64 { bits & ~(L1Entry.offsetMask | L1Entry.copied) }
+}

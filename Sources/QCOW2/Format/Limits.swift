@@ -1,0 +1,41 @@
+/// The upper bounds on everything that is read from an image, each with its source.
+package enum Limits {
+    /// 512 bytes to 2 MiB (QEMU).
+    package static let clusterBits: ClosedRange<UInt32> = 9...21
+    /// Extended L2 entries need subclusters of at least 512 bytes (specification).
+    package static let clusterBitsWithExtendedL2: ClosedRange<UInt32> = 14...21
+    /// Refcounts are 1 to 64 bits wide (specification).
+    package static let refcountOrder: ClosedRange<UInt32> = 0...6
+    /// Bytes of the active or a snapshot's L1 table (QEMU).
+    package static let l1ByteCount: UInt64 = 32 << 20
+    /// Bytes of the refcount table (QEMU).
+    package static let refcountTableByteCount: UInt64 = 8 << 20
+    /// Host offsets have 56 bits (specification).
+    package static let hostOffset: UInt64 = 1 << 56
+    /// Bytes of a virtual disk: what an `off_t` can say, less a cluster (QEMU).
+    package static let virtualByteCount: UInt64 = UInt64(Int64.max) - 1 << 21
+    /// Bytes of a backing file's name (specification).
+    package static let backingNameByteCount: UInt64 = 1023
+    /// Bytes of a backing format's name (QEMU).
+    package static let backingFormatByteCount = 15
+    /// Snapshots of an image (QEMU).
+    package static let snapshotCount: UInt64 = 65536
+    /// Bytes of the snapshot table (QEMU).
+    package static let snapshotTableByteCount: UInt64 = 64 << 20
+    /// Bytes of a snapshot's extra data (QEMU).
+    package static let snapshotExtraByteCount: UInt64 = 1024
+    /// Bitmaps of an image (QEMU).
+    package static let bitmapCount: UInt64 = 65535
+    /// Bytes of the bitmap directory (QEMU).
+    package static let bitmapDirectoryByteCount: UInt64 = 64 << 20 - 1 << 10
+    /// Bytes of a bitmap's name (specification).
+    package static let bitmapNameByteCount: UInt64 = 1023
+    /// Powers of two of a bitmap's granularity in bytes (QEMU).
+    package static let bitmapGranularityBits: ClosedRange<UInt8> = 9...31
+    /// Entries of a bitmap table (QEMU).
+    package static let bitmapTableEntryCount: UInt64 = 0x800_0000
+    /// Bytes of a bitmap's data (QEMU).
+    package static let bitmapByteCount: UInt64 = 512 << 20
+    /// Files of a backing chain (us; QEMU stops when it runs out of descriptors).
+    package static let chainDepth = 200
+}
