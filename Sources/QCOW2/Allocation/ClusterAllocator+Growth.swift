@@ -1,0 +1,117 @@
+/// Room for more counts: refcount blocks, and a longer refcount table.
+///
+/// New blocks and tables are written where nothing refers to them; the commit's phase 2 makes
+/// them known, and only a closed transaction's ranges are used.
+extension ClusterAllocator {
+    /// Clusters that one request may take: 1 MiB of data, and the tables for it.
+    private var requestClusterCount: UInt64 {
+        let data = max((1 &<< 20) &>> clusterBits, 1)
+        return data &+ data &>> (clusterBits &- 3) &+ 2
+    }
+
+    /// Makes blocks ahead, so that growth never stalls a write.
+    func reserve(_ state: inout State) throws(ImageError) {
+        let end = usableEnd(state)
+        let ahead = max(requestClusterCount &* 2 &+ 16, min(end / 20, 16384))
+        guard end &- min(state.hint, end) < ahead, state.waitingBlocks.isEmpty else { return }
+        do throws(ImageError) {
+            try extend(by: ahead, &state)
+        } catch {
+            // Not needed yet: who needs it gets the error.
+            if case .corrupt = error.kind { throw error }
+        }
+    }
+
+    /// Adds blocks for at least `count` clusters more, unless some wait already.
+    func extend(by count: UInt64, _ state: inout State) throws(ImageError) {
+        guard state.waitingBlocks.isEmpty else { return }
+        let wanted = max(count, requestClusterCount &* 2)
+        let blockCount = Int(wanted &>> blockBits) + 1
+        for _ in 0..<blockCount { try addBlock(&state) }
+    }
+
+    /// Adds the block for the lowest range that has none.
+    private func addBlock(_ state: inout State) throws(ImageError) {
+        let index = state.table.firstIndex(of: 0) ?? state.table.count
+        if index == state.table.count { try growTable(&state) }
+        // `growTable` may have brought blocks of its own.
+        guard let index = state.table.firstIndex(of: 0) else { return }
+        if let run = try take(1, true, &state) {
+            try place(block: index, at: run.first, &state)
+        } else {
+            let first = UInt64(index) &<< blockBits
+            try place(block: index, at: first, &state)
+            try setCount(1, of: first, &state)
+        }
+    }
+
+    /// Writes an empty block to `cluster` and enters it into the table in memory.
+    private func place(block index: Int, at cluster: UInt64, _ state: inout State) throws(ImageError) {
+        try checkRoom(ClusterRun(first: cluster, count: 1))
+        try writeZeroes(ClusterRun(first: cluster, count: 1))
+        state.table[index] = cluster &<< clusterBits
+        state.waitingBlocks.insert(index)
+        state.dirtyTablePages.insert(index &>> 9)
+        state.hasUnsyncedIncrements = true
+        guarded.addRefcountBlock(cluster)
+    }
+
+    /// Moves the table to a place where it has at least half as many entries more.
+    private func growTable(_ state: inout State) throws(ImageError) {
+        let old = tableClusters(offset: state.tableOffset, entryCount: state.table.count)
+        let entriesPerCluster = clusterByteCount / 8
+        let growth = max(old.count / 2, 1)
+        let count = old.count &+ growth
+        guard count &* clusterByteCount <= max(Limits.refcountTableByteCount, clusterByteCount) else {
+            throw ImageError(
+                .system(.noSpace, operation: "the refcount table cannot grow any more"), file: file.name)
+        }
+        let oldEntryCount = state.table.count
+        if let run = try take(Int(count), true, &state) {
+            state.table += Array(repeating: 0, count: Int(growth &* entriesPerCluster))
+            adopt(table: run, &state)
+        } else {
+            // No room where counts exist: blocks for a new range, and behind them the table, count
+            // themselves.
+            var blockCount: UInt64 = 1
+            while blockCount &<< blockBits < blockCount &+ count { blockCount &+= 1 }
+            let first = UInt64(oldEntryCount) &<< blockBits
+            let run = ClusterRun(first: first &+ blockCount, count: count)
+            try checkRoom(run)
+            state.table += Array(repeating: 0, count: Int(growth &* entriesPerCluster))
+            for block in 0..<Int(blockCount) {
+                try place(block: oldEntryCount + block, at: first &+ UInt64(block), &state)
+            }
+            for cluster in first..<run.end { try setCount(1, of: cluster, &state) }
+            adopt(table: run, &state)
+        }
+        state.dropped.append(old)
+        guarded.remove(old)
+    }
+
+    private func adopt(table run: ClusterRun, _ state: inout State) {
+        state.tableOffset = run.first &<< clusterBits
+        state.tableHasMoved = true
+        guarded.add(run)
+    }
+
+    private func checkRoom(_ run: ClusterRun) throws(ImageError) {
+        guard run.end &<< clusterBits <= Limits.hostOffset, run.end < 1 &<< (63 &- clusterBits) else {
+            throw ImageError(
+                .system(.noSpace, operation: "the image has no host offsets left"), file: file.name)
+        }
+        guard !guarded.overlaps(run.first &<< clusterBits, run.count &<< clusterBits) else {
+            throw file.corrupt("metadata lies at 0x\(String(run.first &<< clusterBits, radix: 16)), which has no refcount")
+        }
+    }
+
+    private func writeZeroes(_ run: ClusterRun) throws(ImageError) {
+        let zeroes = UnsafeMutableRawBufferPointer.allocate(
+            byteCount: Int(clusterByteCount), alignment: 4096)
+        defer { zeroes.deallocate() }
+        zeroes.initializeMemory(as: UInt8.self, repeating: 0)
+        for cluster in run.first..<run.end {
+            try file.write(UnsafeRawBufferPointer(zeroes), at: cluster &<< clusterBits)
+        }
+    }
+}

@@ -1,0 +1,89 @@
+internal import Synchronization
+
+/// Which host clusters hold metadata: no write of guest data may land there, whatever an entry
+/// says.
+///
+/// A filter answers "no" for nearly every cluster with one load; only where it says "perhaps" are
+/// the tables themselves asked.  Clusters are never taken out of the filter.
+package final class MetadataGuard: Sendable {
+    private let filter: AtomicArray
+    private let clusterBits: UInt64
+    private let map: ClusterMap
+    /// Tables that stay where they are, or move rarely; and refcount blocks.
+    private let known: Monitor<Known>
+
+    private struct Known {
+        var tables: [ClusterRun] = []
+        var refcountBlocks: Set<UInt64> = []
+    }
+
+    /// - Parameter tableCount: about how many L2 tables and refcount blocks there are.
+    package init(map: ClusterMap, tableCount: Int) {
+        self.map = map
+        clusterBits = map.clusterBits
+        var words = 1 << 14  // 2^20 clusters are told apart exactly
+        while words < tableCount, words < 1 << 19 { words *= 2 }
+        filter = AtomicArray(count: words)
+        known = Monitor(Known())
+        for index in 0..<map.l1EntryCount where map.l1Entry(index).offset != 0 {
+            mark(map.l1Entry(index).offset &>> clusterBits)
+        }
+    }
+
+    /// Adds a table that a header, a snapshot or a bitmap points to.
+    package func add(_ table: ClusterRun) {
+        known.withLock { $0.tables.append(table) }
+        for cluster in table.first..<table.end { mark(cluster) }
+    }
+
+    package func remove(_ table: ClusterRun) {
+        known.withLock { $0.tables.removeAll { $0 == table } }
+    }
+
+    package func addRefcountBlock(_ cluster: UInt64) {
+        known.withLock { _ = $0.refcountBlocks.insert(cluster) }
+        mark(cluster)
+    }
+
+    /// Adds an L2 table, which the map knows by itself.
+    package func addTable(_ cluster: UInt64) { mark(cluster) }
+
+    /// Whether any cluster of host bytes `offset ..< offset + byteCount` is metadata.
+    @inline(__always)
+    package func overlaps(_ offset: UInt64, _ byteCount: UInt64) -> Bool {
+        var cluster = offset &>> clusterBits
+        let last = (offset &+ byteCount &- 1) &>> clusterBits
+        while cluster <= last {
+            if isMarked(cluster), isMetadata(cluster) { return true }
+            cluster &+= 1
+        }
+        return false
+    }
+
+    @inline(__always)
+    private func isMarked(_ cluster: UInt64) -> Bool {
+        let bit = Int(truncatingIfNeeded: cluster) & (filter.count &* 64 &- 1)
+        return cluster == 0
+            || filter[bit &>> 6].load(ordering: .relaxed) &>> UInt64(bit & 63) & 1 != 0
+    }
+
+    private func mark(_ cluster: UInt64) {
+        let bit = Int(truncatingIfNeeded: cluster) & (filter.count &* 64 &- 1)
+        filter[bit &>> 6].bitwiseOr(1 &<< UInt64(bit & 63), ordering: .relaxed)
+    }
+
+    @inline(never)
+    package func isMetadata(_ cluster: UInt64) -> Bool {
+        if cluster == 0 { return true }
+        let isKnown = known.withLock { known in
+            known.refcountBlocks.contains(cluster)
+                || known.tables.contains { $0.first <= cluster && cluster < $0.end }
+        }
+        if isKnown { return true }
+        let l1 = map.l1Clusters
+        if l1.first <= cluster, cluster < l1.end { return true }
+        let offset = cluster &<< clusterBits
+        for index in 0..<map.l1EntryCount where map.l1Entry(index).offset == offset { return true }
+        return false
+    }
+}

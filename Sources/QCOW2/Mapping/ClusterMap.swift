@@ -1,0 +1,276 @@
+internal import Glibc
+internal import Synchronization
+
+/// Which guest cluster is where, in one layer: the active L1 table in memory, slices of L2 tables
+/// in a cache.
+///
+/// Looking up takes no lock.  Changing an entry, loading a slice and freezing dirty tables for a
+/// commit happen under `state`'s lock, which is never held across I/O.  Who changes entries holds
+/// the exclusive range lock of their guest range, so a looker-up's own entries stand still.
+package final class ClusterMap: Sendable {
+    package let file: HostFile
+    package let version: UInt32
+    package let clusterBits: UInt64
+    /// Entries of an L2 table, as a power of two.
+    package let tableBits: UInt64
+    let clusterMask: UInt64
+    /// Entries of a slice, as a power of two, and slices of a table.
+    let sliceBits: UInt64
+    let cache: SliceCache
+    /// The live L1 table; replaced only while every range lock is held.
+    nonisolated(unsafe) let table: UnsafeMutablePointer<L1Table>
+    let state: Monitor<State>
+
+    /// The active L1 table: its entries and where it lies.
+    struct L1Table: ~Copyable {
+        let entries: AtomicArray
+        let offset: UInt64
+    }
+
+    struct State {
+        /// What keeps a slot from being emptied.
+        var marks: [SlotMarks]
+        /// Slices being read from the file.
+        var loading: [UInt64] = []
+        /// Slots changed since the last freeze.
+        var dirtySlots: [Int] = []
+        /// Slots whose frozen copies are not durable yet.
+        var frozenSlots: [Int] = []
+        /// 4 KiB pages of the L1 table changed since the last freeze.
+        var dirtyL1Pages: Set<Int> = []
+        /// The L1 table lies somewhere new since the last freeze.
+        var hasMoved = false
+        /// References dropped by changes since the last freeze.
+        var dropped: [ClusterRun] = []
+        /// Whether an entry now shows data that may not be durable yet.
+        var exposesData = false
+    }
+
+    struct SlotMarks: OptionSet {
+        let rawValue: UInt8
+        static let loading = Self(rawValue: 1)
+        static let dirty = Self(rawValue: 2)
+        static let frozen = Self(rawValue: 4)
+    }
+
+    /// Reads the active L1 table of `header`.
+    package init(_ header: Header, in file: HostFile, cacheByteCount: Int) throws(ImageError) {
+        self.file = file
+        version = header.version
+        clusterBits = UInt64(header.clusterBits)
+        tableBits = clusterBits &- 3
+        clusterMask = header.clusterByteCount &- 1
+        sliceBits = min(tableBits, 9)
+        cache = SliceCache(
+            entryBits: Int(sliceBits),
+            byteCount: min(cacheByteCount, max(Int(header.l1EntryCount), 1) << Int(clusterBits)))
+        state = Monitor(State(marks: Array(repeating: [], count: cache.slotCount)))
+        table = .allocate(capacity: 1)
+        table.initialize(
+            to: try ClusterMap.readL1Table(
+                in: file, offset: header.l1Offset, count: Int(header.l1EntryCount)))
+    }
+
+    deinit {
+        table.deinitialize(count: 1)
+        table.deallocate()
+    }
+
+    private static func readL1Table(
+        in file: HostFile, offset: UInt64, count: Int
+    ) throws(ImageError) -> L1Table {
+        let entries = AtomicArray(count: count)
+        try read(entries, from: file, at: offset)
+        return L1Table(entries: entries, offset: offset)
+    }
+
+    private static func read(
+        _ entries: borrowing AtomicArray, from file: HostFile, at offset: UInt64
+    ) throws(ImageError) {
+        let chunk = 8192
+        let buffer = UnsafeMutableRawBufferPointer.allocate(byteCount: chunk * 8, alignment: 8)
+        defer { buffer.deallocate() }
+        for first in stride(from: 0, to: entries.count, by: chunk) {
+            let part = UnsafeMutableRawBufferPointer(
+                rebasing: buffer[..<(min(chunk, entries.count - first) * 8)])
+            try file.read(into: part, at: offset &+ UInt64(first) &* 8)
+            let bytes = UnsafeRawBufferPointer(part)
+            for index in 0..<part.count / 8 {
+                entries[first + index].store(bytes.bigEndian(at: index * 8) ?? 0, ordering: .relaxed)
+            }
+        }
+    }
+
+    /// Entries of the L1 table.
+    package var l1EntryCount: Int { table.pointee.entries.count }
+
+    @inline(__always)
+    package func l1Entry(_ index: Int) -> L1Entry {
+        L1Entry(bits: table.pointee.entries[index].load(ordering: .acquiring))
+    }
+
+    /// Bytes of the disk that one L2 table describes, as a power of two.
+    package var coverageBits: UInt64 { clusterBits &+ tableBits }
+
+    // MARK: Looking up
+
+    /// The longest run from `guest` on, at most `limit` bytes and within one slice, that has one
+    /// source.  The caller keeps `guest + limit` inside of the disk.
+    @inline(__always)
+    package func extent(at guest: UInt64, limit: UInt64) throws(ImageError) -> Extent {
+        let cluster = guest &>> clusterBits
+        let l1Index = Int(truncatingIfNeeded: cluster &>> tableBits)
+        guard l1Index < table.pointee.entries.count else { return Extent(.unallocated, byteCount: limit) }
+        while true {
+            let entry = l1Entry(l1Index)
+            guard entry.offset != 0, entry.offset & clusterMask == 0 else {
+                return withoutTable(entry, l1Index, guest, limit)
+            }
+            let slice = cluster &>> sliceBits
+            let index = Int(truncatingIfNeeded: cluster & (1 &<< sliceBits &- 1))
+            if let (slot, version) = cache.find(slice) {
+                let extent = run(
+                    cache.entries(of: slot), index, guest, limit, tableIsCopied: entry.isCopied)
+                if cache.isUnchanged(slot, version) { return extent }
+                continue
+            }
+            if let extent = try load(slice, of: entry, l1Index, thenAt: index, guest, limit) {
+                return extent
+            }
+        }
+    }
+
+    /// What a guest offset gets whose L1 entry has no table, or a bad one.
+    private func withoutTable(
+        _ entry: L1Entry, _ l1Index: Int, _ guest: UInt64, _ limit: UInt64
+    ) -> Extent {
+        var byteCount = 1 &<< coverageBits &- guest & (1 &<< coverageBits &- 1)
+        guard entry.offset == 0 else {
+            return Extent(.corrupt, host: entry.bits, byteCount: min(byteCount, limit))
+        }
+        var next = l1Index &+ 1
+        while byteCount < limit, next < l1EntryCount, l1Entry(next).offset == 0 {
+            byteCount &+= 1 &<< coverageBits  // ends at `limit`, which fits
+            next &+= 1
+        }
+        return Extent(
+            .unallocated, byteCount: next == l1EntryCount ? limit : min(byteCount, limit))
+    }
+
+    /// The run from `index` of a slice's entries on.
+    @inline(__always)
+    private func run(
+        _ entries: UnsafePointer<Atomic<UInt64>>, _ index: Int, _ guest: UInt64, _ limit: UInt64,
+        tableIsCopied: Bool
+    ) -> Extent {
+        let entry = L2Entry(bits: entries[index].load(ordering: .relaxed))
+        let kind = entry.kind(clusterMask: clusterMask, version: version)
+        let intoCluster = guest & clusterMask
+        let clusterByteCount = clusterMask &+ 1
+        var byteCount = clusterByteCount &- intoCluster
+        if kind == .compressed || kind == .corrupt {
+            return Extent(kind, host: entry.bits, byteCount: min(byteCount, limit))
+        }
+        var next = index &+ 1
+        let end = 1 &<< Int(sliceBits)
+        // Entries of a run of data follow each other by a cluster, in every bit; others are alike.
+        let step = kind == .data ? clusterByteCount : 0
+        var expected = entry.bits &+ step
+        while byteCount < limit, next < end {
+            let bits = entries[next].load(ordering: .relaxed)
+            if bits != expected {
+                guard kind == .zeroAllocated,
+                    L2Entry(bits: bits).kind(clusterMask: clusterMask, version: version) == kind
+                else { break }
+            }
+            expected &+= step
+            byteCount &+= clusterByteCount
+            next &+= 1
+        }
+        return Extent(
+            kind, isCopied: tableIsCopied && entry.isCopied, host: entry.offset &+ intoCluster,
+            byteCount: min(byteCount, limit))
+    }
+
+    // MARK: Loading
+
+    private enum Claim {
+        case present
+        case slot(Int)
+        /// Every way of the set is pinned.
+        case noRoom
+    }
+
+    /// Loads `slice`, so that the caller can look again; answers itself, from a copy of its own,
+    /// where no slot is free.  Nobody changes a slice that is not in the cache, and the caller's
+    /// range lock keeps its own entries still.
+    @inline(never)
+    private func load(
+        _ slice: UInt64, of entry: L1Entry, _ l1Index: Int, thenAt index: Int, _ guest: UInt64,
+        _ limit: UInt64
+    ) throws(ImageError) -> Extent? {
+        guard case .noRoom = try load(slice, of: entry, l1Index) else { return nil }
+        let buffer = UnsafeMutableRawBufferPointer.allocate(byteCount: 8 &<< Int(sliceBits), alignment: 8)
+        defer { buffer.deallocate() }
+        try file.read(into: buffer, at: offset(of: slice, in: entry))
+        let words = buffer.bindMemory(to: UInt64.self)
+        for word in words.indices { words[word] = UInt64(bigEndian: words[word]) }
+        guard l1Entry(l1Index).offset == entry.offset, let base = buffer.baseAddress else { return nil }
+        return run(
+            UnsafePointer(base.assumingMemoryBound(to: Atomic<UInt64>.self)), index, guest, limit,
+            tableIsCopied: entry.isCopied)
+    }
+
+    private func load(
+        _ slice: UInt64, of entry: L1Entry, _ l1Index: Int
+    ) throws(ImageError) -> Claim {
+        let claim = state.waitFor { state in claimSlot(for: slice, &state) }
+        guard case .slot(let slot) = claim else { return claim }
+        let buffer = UnsafeMutableRawBufferPointer.allocate(byteCount: 8 &<< Int(sliceBits), alignment: 8)
+        defer { buffer.deallocate() }
+        var failure: ImageError?
+        do throws(ImageError) {
+            try file.read(into: buffer, at: offset(of: slice, in: entry))
+        } catch {
+            failure = error
+        }
+        state.withLock { state in
+            state.marks[slot].remove(.loading)
+            state.loading.removeAll { $0 == slice }
+            // The table may have been replaced by a copy meanwhile: then the caller looks again.
+            if failure == nil, l1Entry(l1Index).offset == entry.offset {
+                cache.fill(slot, with: slice, from: UnsafeRawBufferPointer(buffer))
+            }
+        }
+        state.announceChange()
+        if let failure { throw failure }
+        return claim
+    }
+
+    private func claimSlot(for slice: UInt64, _ state: inout State) -> Claim? {
+        if cache.find(slice) != nil { return .present }
+        if state.loading.contains(slice) { return nil }
+        guard let slot = cache.victim(for: slice, isFree: { state.marks[$0].isEmpty }) else {
+            return .noRoom
+        }
+        cache.clear(slot)
+        state.marks[slot].insert(.loading)
+        state.loading.append(slice)
+        return .slot(slot)
+    }
+
+    /// Host offset of `slice` of the table that `entry` points to.
+    private func offset(of slice: UInt64, in entry: L1Entry) -> UInt64 {
+        entry.offset &+ (slice & (1 &<< (tableBits &- sliceBits) &- 1)) &<< (sliceBits &+ 3)
+    }
+
+    /// Makes sure that `slice` is in the cache.  False: every slot it may take is waiting for a
+    /// commit.
+    func ensure(_ slice: UInt64) throws(ImageError) -> Bool {
+        let l1Index = Int(truncatingIfNeeded: slice &>> (tableBits &- sliceBits))
+        while cache.find(slice) == nil {
+            if case .noRoom = try load(slice, of: l1Entry(l1Index), l1Index) { return false }
+        }
+        return true
+    }
+}

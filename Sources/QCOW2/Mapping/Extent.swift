@@ -1,0 +1,18 @@
+/// A run of guest bytes that one source answers.
+package struct Extent: Equatable, Sendable {
+    package var kind: ClusterKind
+    /// Whether data lies in clusters that have no other reference, so that it may be written over.
+    package var isCopied: Bool
+    /// `.data`, `.zeroAllocated`: the host offset of the first byte.
+    /// `.compressed`, `.corrupt`: the L2 entry (for a bad L1 entry, that one).
+    package var host: UInt64
+    package var byteCount: UInt64
+
+    @inline(__always)
+    package init(_ kind: ClusterKind, isCopied: Bool = false, host: UInt64 = 0, byteCount: UInt64) {
+        self.kind = kind
+        self.isCopied = isCopied
+        self.host = host
+        self.byteCount = byteCount
+    }
+}
