@@ -1,0 +1,51 @@
+internal import ArgumentParser
+
+/// The form in which mount(8) and fstab call us: `qcowfs IMAGE MOUNTPOINT -o ro,allow_other`.
+///
+/// It is rewritten into the verb `mount` before anything is parsed, so that there is one parser.
+enum MountHelperForm {
+    /// The arguments without the program's name, with the verb in front.
+    static func asVerb(_ commandLine: [String]) -> [String] {
+        let arguments = Array(commandLine.dropFirst())
+        if isMountHelper(commandLine.first ?? "") {
+            return ["mount"] + fromMountProgram(arguments)
+        }
+        guard let first = arguments.first, !isVerb(first), !first.hasPrefix("-") else {
+            return arguments
+        }
+        // A lone unknown word is a mistyped verb; an image comes with its mountpoint.
+        return arguments.count < 2 ? arguments : ["mount"] + arguments
+    }
+
+    /// Whether the program was called as `mount.qcowfs` or `mount.fuse.qcowfs`.
+    private static func isMountHelper(_ program: String) -> Bool {
+        let name = program.split(separator: "/").last ?? ""
+        return name == "mount.qcowfs" || name == "mount.fuse.qcowfs"
+    }
+
+    private static func isVerb(_ word: String) -> Bool {
+        word == "help" || Qcowfs.configuration.subcommands.contains {
+            $0.configuration.commandName == word || $0.configuration.aliases.contains(word)
+        }
+    }
+
+    /// Drops what mount(8) says to every helper and means nothing here: `-s`, `-n`, `-v`,
+    /// `-t TYPE`, `-N NAMESPACE`.
+    private static func fromMountProgram(_ arguments: [String]) -> [String] {
+        var kept: [String] = []
+        var skipsNext = false
+        for argument in arguments {
+            if skipsNext {
+                skipsNext = false
+            } else if argument == "-t" || argument == "-N" {
+                skipsNext = true
+            } else if argument.hasPrefix("-"), !argument.hasPrefix("--"), !argument.hasPrefix("-o") {
+                // A cluster such as `-sv`; `-w` and `-r` say what the options say too.
+                if argument.contains("r") { kept.append("--read-only") }
+            } else {
+                kept.append(argument)
+            }
+        }
+        return kept
+    }
+}
