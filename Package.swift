@@ -31,12 +31,13 @@ let package = Package(
         .systemLibrary(
             name: "CZstd", path: "Modules/CZstd", pkgConfig: "libzstd",
             providers: [.apt(["libzstd-dev"])]),
+        .systemLibrary(name: "CLinux", path: "Modules/CLinux"),
 
         // The layers, lowest first.
         .target(
             name: "QCOW2",
             dependencies: [
-                "CDeflate", "CZstd", .product(name: "Logging", package: "swift-log"),
+                "CDeflate", "CZstd", "CLinux", .product(name: "Logging", package: "swift-log"),
             ],
             cSettings: gnu, swiftSettings: settings),
         .target(

@@ -1,0 +1,3 @@
+// The door to what Linux has and Swift's Glibc module leaves out: fstatfs.
+#pragma once
+#include <sys/statfs.h>
