@@ -17,6 +17,13 @@ public final class FileDevice: BlockDevice {
             device = UInt64(truncatingIfNeeded: status.st_dev)
             inode = UInt64(truncatingIfNeeded: status.st_ino)
         }
+
+        /// The file that `path` names, nil where there is none to see.
+        init?(ofFileAt path: String) {
+            var status = stat()
+            guard stat(path, &status) == 0 else { return nil }
+            self.init(status)
+        }
     }
 
     public let name: String

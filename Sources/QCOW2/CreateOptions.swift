@@ -1,0 +1,99 @@
+/// What a new image is like; every part has the default that qemu-img has.
+public struct CreateOptions: Sendable {
+    public enum Version: Sendable {
+        /// `compat=0.10`: can be read by anything.
+        case v2
+        /// `compat=1.1`.
+        case v3
+    }
+
+    /// How much space a new image takes at once.
+    public enum Preallocation: String, Sendable {
+        case off
+        /// All tables; the data is a hole in the file.
+        case metadata
+        /// All tables, and space reserved for the data.
+        case falloc
+        /// All tables, and zeros written for the data.
+        case full
+    }
+
+    public var version: Version = .v3
+    /// A power of two from 512 bytes to 2 MiB.
+    public var clusterByteCount: UInt64 = 65536
+    /// A power of two from 1 to 64; 16 in version 2.
+    public var refcountBits: UInt64 = 16
+    /// Lets other programs write reference counts late.  Needs version 3.
+    public var hasLazyRefcounts = false
+    /// Anything but deflate needs version 3.
+    public var compressionType: CompressionType = .deflate
+    /// Stored as it is, and found relative to the image.
+    public var backingFile: String?
+    /// `raw` or `qcow2`; needed with a backing file.
+    public var backingFormat: String?
+    /// Whether the backing file is looked at, for its existence and its size.
+    public var opensBackingFile = true
+    public var preallocation: Preallocation = .off
+
+    // Parts of the format which are refused by name so far.
+    public var hasExtendedL2 = false
+    public var dataFile: String?
+    public var dataFileIsRaw = false
+    /// `luks` or `aes`.
+    public var encryptionFormat: String?
+
+    public init() {}
+}
+
+extension CreateOptions {
+    /// Throws where the options make no image, or one that this version cannot make.
+    func check(file: String) throws(ImageError) {
+        if hasExtendedL2 { throw ImageError(.unsupported(.extendedL2), file: file) }
+        if dataFile != nil || dataFileIsRaw {
+            throw ImageError(.unsupported(.externalDataFile), file: file)
+        }
+        if let encryptionFormat {
+            let method: UInt32 = encryptionFormat == "luks" ? 2 : 1
+            throw ImageError(.unsupported(.encryption(method: method)), file: file)
+        }
+        if let words = contradiction { throw ImageError(.invalidArgument(words), file: file) }
+    }
+
+    /// What qemu-img refuses too, in words.
+    private var contradiction: String? {
+        if clusterByteCount & (clusterByteCount &- 1) != 0
+            || !(512...2 << 20).contains(clusterByteCount)
+        {
+            return "the cluster size must be a power of two from 512 to 2M bytes"
+        }
+        if refcountBits & (refcountBits &- 1) != 0 || !(1...64).contains(refcountBits) {
+            return "the refcount width must be 1, 2, 4, 8, 16, 32 or 64 bits"
+        }
+        if version == .v2 {
+            if refcountBits != 16 { return "refcounts of \(refcountBits) bits need compat=1.1" }
+            if hasLazyRefcounts { return "lazy refcounts need compat=1.1" }
+            if compressionType != .deflate { return "compression type zstd needs compat=1.1" }
+        }
+        return backingContradiction
+    }
+
+    private var backingContradiction: String? {
+        guard let backingFile else {
+            return backingFormat == nil ? nil : "a backing format needs a backing file"
+        }
+        if backingFile.isEmpty || backingFile.utf8.contains(0) {
+            return "the backing file has no usable name"
+        }
+        if UInt64(backingFile.utf8.count) > Limits.backingNameByteCount {
+            return "the backing file's name is longer than \(Limits.backingNameByteCount) bytes"
+        }
+        guard let backingFormat else {
+            return "a backing file needs its format: give -F raw or -F qcow2"
+        }
+        if BackingResolver.Format(rawValue: backingFormat) == nil {
+            return "the backing format \(backingFormat) is not supported (raw and qcow2 are)"
+        }
+        if preallocation != .off { return "an image with a backing file cannot be preallocated" }
+        return nil
+    }
+}

@@ -1,0 +1,236 @@
+extension Image {
+    /// Makes an empty image on a device, whose content is lost.
+    ///
+    /// The header is written last, when everything else is on stable storage: a device on which
+    /// this was interrupted holds no image.
+    /// - Parameter size: Bytes of the virtual disk, rounded up to a multiple of 512.
+    /// - Throws: `.invalidArgument` or `.unsupported` before anything is written, `.system` where
+    ///   the device fails.
+    public static func create(
+        on device: any BlockDevice, size: UInt64, options: CreateOptions = CreateOptions()
+    ) throws(ImageError) {
+        try options.check(file: device.name)
+        let size = try roundedUp(size, file: device.name)
+        try ImageCreation(device, size: size, options: options).run()
+    }
+
+    /// Makes an empty image in a file, and replaces one that is there by the complete new one.
+    ///
+    /// - Parameter size: Bytes of the virtual disk, rounded up to a multiple of 512; nil takes the
+    ///   backing file's.
+    /// - Throws: `.locked` where a program uses the file that is there, and what `create(on:)`
+    ///   throws; the file is then what it was.
+    public static func create(
+        at path: String, size: UInt64?, options: CreateOptions = CreateOptions()
+    ) throws(ImageError) {
+        try options.check(file: path)
+        let backingSize = try backingByteCount(of: options, imagePath: path)
+        guard let size = size ?? backingSize else {
+            throw ImageError(.invalidArgument("a new image needs a size"), file: path)
+        }
+        let rounded = try roundedUp(size, file: path)
+        // Refused before the file that is there is touched.
+        let layout = try CreationLayout(size: rounded, options: options, file: path)
+        let target = try FileReplacement(of: path)
+        try ImageCreation(target.device, size: rounded, layout: layout, options: options).run()
+        try target.commit()
+    }
+
+    private static func roundedUp(_ size: UInt64, file: String) throws(ImageError) -> UInt64 {
+        guard size <= Limits.virtualByteCount else {
+            throw ImageError(
+                .invalidArgument("a disk has at most \(Limits.virtualByteCount) bytes"), file: file)
+        }
+        return (size + 511) & ~511
+    }
+
+    /// Opens the backing file to see that it is there and is what it should be.
+    private static func backingByteCount(
+        of options: CreateOptions, imagePath: String
+    ) throws(ImageError) -> UInt64? {
+        guard options.opensBackingFile, let reference = options.backingFile else { return nil }
+        guard !BackingResolver.hasScheme(reference) else {
+            throw ImageError(
+                .backing("the backing file \(reference) is not a plain local path"), file: imagePath)
+        }
+        let location = BackingResolver.location(of: reference, from: imagePath)
+        let device = try FileDevice(path: location, access: .readOnly, mapsBytes: false)
+        defer { device.close() }
+        if FileDevice.Identity(ofFileAt: imagePath) == device.identity {
+            throw ImageError(.backing("an image cannot be its own backing file"), file: imagePath)
+        }
+        try ImageLock.take(.reader, on: device)
+        if options.backingFormat == BackingResolver.Format.qcow2.rawValue {
+            return try Header.read(from: device).virtualByteCount
+        }
+        do throws(SystemError) {
+            return try device.byteCount()
+        } catch {
+            throw ImageError(.system(error, operation: "cannot find the length"), file: location)
+        }
+    }
+}
+
+/// Writes one new image.
+private struct ImageCreation {
+    let device: any BlockDevice
+    let size: UInt64
+    let layout: CreationLayout
+    let options: CreateOptions
+
+    init(_ device: any BlockDevice, size: UInt64, options: CreateOptions) throws(ImageError) {
+        let layout = try CreationLayout(size: size, options: options, file: device.name)
+        self.init(device, size: size, layout: layout, options: options)
+    }
+
+    init(
+        _ device: any BlockDevice, size: UInt64, layout: CreationLayout, options: CreateOptions
+    ) {
+        self.device = device
+        self.size = size
+        self.layout = layout
+        self.options = options
+    }
+
+    func run() throws(ImageError) {
+        let header = try encodedHeader()
+        do throws(SystemError) {
+            try erase()
+            try writeRefcounts()
+            try writeMapping()
+            try writeData()
+            try device.flush()
+            // Nothing counts before the header is there, hence the second sync.
+            try header.withRawBytes { bytes throws(SystemError) in
+                try device.write(bytes, at: 0)
+            }
+            try device.flush()
+        } catch {
+            throw ImageError(.system(error, operation: "cannot write"), file: device.name)
+        }
+    }
+
+    private func encodedHeader() throws(ImageError) -> [UInt8] {
+        var header = Header(
+            version: options.version == .v2 ? 2 : 3, backingFileOffset: 0, backingFileByteCount: 0,
+            clusterBits: layout.clusterBits, size: size, encryptionMethod: 0,
+            l1EntryCount: UInt32(clamping: layout.l1EntryCount),
+            l1Offset: layout.l1EntryCount == 0 ? 0 : layout.l1Offset,
+            refcountTableOffset: layout.refcountTableOffset,
+            refcountTableClusterCount: UInt32(clamping: layout.refcountTableClusterCount),
+            snapshotCount: 0, snapshotsOffset: 0)
+        header.refcountOrder = UInt32(options.refcountBits.trailingZeroBitCount)
+        header.compressionType = options.compressionType
+        if options.compressionType != .deflate {
+            header.incompatibleFeatures.insert(.compressionType)
+        }
+        if options.hasLazyRefcounts { header.compatibleFeatures.insert(.lazyRefcounts) }
+        if let format = options.backingFormat {
+            header.extensions.append(
+                HeaderExtension(type: HeaderExtension.backingFormat, data: Array(format.utf8)))
+        }
+        // In small clusters the table would leave no room for the backing file's name.
+        if options.version == .v3 && layout.clusterByteCount > 4096 {
+            header.extensions.append(.featureNameTable)
+        }
+        header.backingFile = options.backingFile
+        do throws(FormatError) {
+            return try header.encoded()
+        } catch {
+            throw ImageError(.malformed(error), file: device.name)
+        }
+    }
+
+    /// Makes every byte of the new image zero, and the device as long as the image.
+    private func erase() throws(SystemError) {
+        if device.readsZerosPastEnd {
+            try device.resize(to: 0)
+            try device.resize(to: layout.byteCount)
+            return
+        }
+        // The old header goes first: it would describe tables that are overwritten now.
+        try writeZeros(0..<min(layout.clusterByteCount, layout.byteCount))
+        try device.flush()
+        try writeZeros(0..<layout.byteCount)
+    }
+
+    private func writeRefcounts() throws(SystemError) {
+        try writeEntries(layout.refcountBlockCount, at: layout.refcountTableOffset) { index in
+            layout.refcountBlocksOffset + index * layout.clusterByteCount
+        }
+        let format = RefcountFormat(order: UInt32(options.refcountBits.trailingZeroBitCount))
+        let byteCount = Int(layout.clusterByteCount)
+        let perBlock = UInt64(format.entryCount(inBytes: byteCount))
+        var counted: UInt64 = 0
+        for block in 0..<layout.refcountBlockCount {
+            let count = Int(min(perBlock, layout.clusterCount - counted))
+            counted += UInt64(count)
+            let counts = UnsafeMutableRawBufferPointer.allocate(byteCount: byteCount, alignment: 8)
+            defer { counts.deallocate() }
+            counts.initializeMemory(as: UInt8.self, repeating: 0)
+            for index in 0..<count { format.store(1, at: index, in: counts) }
+            try device.write(
+                UnsafeRawBufferPointer(counts),
+                at: layout.refcountBlocksOffset + block * layout.clusterByteCount)
+        }
+    }
+
+    /// Without preallocation the L1 table is empty, and there already.
+    private func writeMapping() throws(SystemError) {
+        guard layout.l2TableCount > 0 else { return }
+        try writeEntries(layout.l1EntryCount, at: layout.l1Offset) { index in
+            L1Entry(copiedTableAt: layout.l2Offset + index * layout.clusterByteCount).bits
+        }
+        try writeEntries(layout.dataClusterCount, at: layout.l2Offset) { index in
+            L2Entry(copiedClusterAt: layout.dataOffset + index * layout.clusterByteCount).bits
+        }
+    }
+
+    private func writeData() throws(SystemError) {
+        let data = layout.dataOffset..<layout.byteCount
+        switch options.preallocation {
+        case .off, .metadata: break
+        case .full: try writeZeros(data)
+        case .falloc:
+            do throws(SystemError) {
+                guard let file = device as? FileDevice else { throw .notSupported }
+                try file.reserve(0..<layout.byteCount)
+            } catch {
+                // Where space cannot be reserved it is taken by writing, as posix_fallocate does.
+                guard error == .notSupported else { throw error }
+                try writeZeros(data)
+            }
+        }
+    }
+
+    /// Writes `count` big-endian numbers from `offset` on.
+    private func writeEntries(
+        _ count: UInt64, at offset: UInt64, _ entry: (UInt64) -> UInt64
+    ) throws(SystemError) {
+        let room: UInt64 = 65536
+        let buffer = UnsafeMutableRawBufferPointer.allocate(byteCount: Int(room) * 8, alignment: 8)
+        defer { buffer.deallocate() }
+        var done: UInt64 = 0
+        while done < count {
+            let part = min(count - done, room)
+            for index in 0..<part {
+                buffer.storeBigEndian(entry(done + index), at: Int(index) * 8)
+            }
+            try device.write(
+                UnsafeRawBufferPointer(rebasing: buffer[..<(Int(part) * 8)]), at: offset + done * 8)
+            done += part
+        }
+    }
+
+    private func writeZeros(_ range: Range<UInt64>) throws(SystemError) {
+        let zeros = [UInt8](repeating: 0, count: Int(min(1 << 20, range.upperBound - range.lowerBound)))
+        var offset = range.lowerBound
+        while offset < range.upperBound {
+            let count = Int(min(UInt64(zeros.count), range.upperBound - offset))
+            try zeros.withRawBytes { bytes throws(SystemError) in
+                try device.write(UnsafeRawBufferPointer(rebasing: bytes[..<count]), at: offset)
+            }
+            offset += UInt64(count)
+        }
+    }
+}
