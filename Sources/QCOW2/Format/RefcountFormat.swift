@@ -49,7 +49,7 @@ package struct RefcountFormat: Equatable, Sendable {
             let shift = UInt8(bit & 7)
             let mask: UInt8 = 1 &<< (1 &<< UInt8(order)) &- 1
             let rest = bytes[bit &>> 3] & ~(mask &<< shift)
-            bytes[bit &>> 3] = rest | UInt8(truncatingIfNeeded: count) & mask &<< shift
+            bytes[bit &>> 3] = rest | (UInt8(truncatingIfNeeded: count) & mask) &<< shift
         case 3: bytes[index] = UInt8(truncatingIfNeeded: count)
         case 4: bytes.storeBigEndian(UInt16(truncatingIfNeeded: count), at: index &* 2)
         case 5: bytes.storeBigEndian(UInt32(truncatingIfNeeded: count), at: index &* 4)
