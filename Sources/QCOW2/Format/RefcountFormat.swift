@@ -23,7 +23,7 @@ package struct RefcountFormat: Equatable, Sendable {
     package var maximum: UInt64 { order == 6 ? .max : 1 &<< (1 &<< UInt64(order)) &- 1 }
 
     /// Counts in `byteCount` bytes.
-    package func entryCount(inBytes byteCount: Int) -> Int { byteCount &* 8 &>> Int(order) }
+    package func entryCount(inBytes byteCount: Int) -> Int { (byteCount &* 8) &>> Int(order) }
 
     /// The count at `index`; the caller keeps `index` inside of `bytes`.
     @inline(__always)
