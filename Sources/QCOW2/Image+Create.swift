@@ -187,6 +187,7 @@ private struct ImageCreation {
     }
 
     private func writeData() throws(SystemError) {
+        guard layout.dataClusterCount > 0 else { return }
         let data = layout.dataOffset..<layout.byteCount
         switch options.preallocation {
         case .off, .metadata: break
