@@ -29,6 +29,9 @@ let package = Package(
             name: "CDeflate", path: "Modules/CDeflate", pkgConfig: "libdeflate",
             providers: [.apt(["libdeflate-dev"])]),
         .systemLibrary(
+            name: "CZlib", path: "Modules/CZlib", pkgConfig: "zlib",
+            providers: [.apt(["zlib1g-dev"])]),
+        .systemLibrary(
             name: "CZstd", path: "Modules/CZstd", pkgConfig: "libzstd",
             providers: [.apt(["libzstd-dev"])]),
         .systemLibrary(name: "CLinux", path: "Modules/CLinux"),
@@ -37,7 +40,8 @@ let package = Package(
         .target(
             name: "QCOW2",
             dependencies: [
-                "CDeflate", "CZstd", "CLinux", .product(name: "Logging", package: "swift-log"),
+                "CDeflate", "CZlib", "CZstd", "CLinux",
+                .product(name: "Logging", package: "swift-log"),
             ],
             cSettings: gnu, swiftSettings: settings),
         .target(
@@ -58,8 +62,8 @@ let package = Package(
             name: "TestSupport", dependencies: ["QCOW2"], path: "Tests/Support", cSettings: gnu,
             swiftSettings: settings),
         .testTarget(
-            name: "QCOW2Tests", dependencies: ["QCOW2", "TestSupport"], cSettings: gnu,
-            swiftSettings: settings),
+            name: "QCOW2Tests", dependencies: ["QCOW2", "TestSupport", "CZlib", "CZstd"],
+            cSettings: gnu, swiftSettings: settings),
         .testTarget(
             name: "ImageMountTests", dependencies: ["ImageMount", "QCOW2", "TestSupport"],
             cSettings: gnu, swiftSettings: settings),

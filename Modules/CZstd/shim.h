@@ -1,3 +1,4 @@
-// The door to libzstd: its header as it is.
+// The door to libzstd: its headers as they are.
 #pragma once
 #include <zstd.h>
+#include <zstd_errors.h>
