@@ -59,8 +59,8 @@ let package = Package(
 
         // What tests share, and a folder of tests for each target.
         .target(
-            name: "TestSupport", dependencies: ["QCOW2"], path: "Tests/Support", cSettings: gnu,
-            swiftSettings: settings),
+            name: "TestSupport", dependencies: ["QCOW2", "CZlib", "CZstd"], path: "Tests/Support",
+            cSettings: gnu, swiftSettings: settings),
         .testTarget(
             name: "QCOW2Tests", dependencies: ["QCOW2", "TestSupport", "CZlib", "CZstd"],
             cSettings: gnu, swiftSettings: settings),

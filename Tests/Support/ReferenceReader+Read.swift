@@ -1,0 +1,89 @@
+/// What the guest sees.
+extension ReferenceReader {
+    /// Fills a buffer with the guest bytes of the backing file from an offset on.
+    package typealias Backing = (Int, UnsafeMutableRawBufferPointer) throws(Fault) -> Void
+
+    /// Fills `buffer` with the guest bytes from `offset` on, as the L1 table `table` maps them.
+    package func read(
+        into buffer: UnsafeMutableRawBufferPointer, at offset: Int, through table: L1Table? = nil,
+        backing: Backing? = nil
+    ) throws(Fault) {
+        let table = table ?? active
+        var done = 0
+        while done < buffer.count {
+            let position = offset + done
+            let within = position % clusterSize
+            let count = min(clusterSize - within, buffer.count - done)
+            let part = UnsafeMutableRawBufferPointer(rebasing: buffer[done..<done + count])
+            switch try entry(rawEntry(forGuestCluster: position / clusterSize, in: table)) {
+            case .unallocated:
+                if let backing { try backing(position, part) } else { part.fillZero() }
+            case .zeroPlain, .zeroAllocated: part.fillZero()
+            case .normal(let host): copy(from: host + within, into: part)
+            case .compressed(let host, let byteCount):
+                try inflate(host, byteCount, from: within, into: part)
+            }
+            done += count
+        }
+    }
+
+    /// The guest bytes of `range`.
+    package func read(
+        _ range: Range<Int>, through table: L1Table? = nil, backing: Backing? = nil
+    ) throws(Fault) -> [UInt8] {
+        var bytes = [UInt8](repeating: 0, count: range.count)
+        var fault: Fault?
+        bytes.withUnsafeMutableBytes { buffer in
+            do throws(Fault) {
+                try read(into: buffer, at: range.lowerBound, through: table, backing: backing)
+            } catch { fault = error }
+        }
+        if let fault { throw fault }
+        return bytes
+    }
+
+    /// The L2 entry of a guest cluster; 0 where there is no table.
+    package func rawEntry(forGuestCluster cluster: Int, in table: L1Table) throws(Fault) -> UInt64 {
+        let index = cluster / entriesPerTable
+        guard index < table.entryCount else { return 0 }
+        let pointer = number(table.offset + index * 8)
+        guard pointer & 0x7f00_0000_0000_01ff == 0 else {
+            throw Fault("L1 entry \(hex(pointer)) has reserved bits set")
+        }
+        let offset = Int(pointer & Self.offsetMask)
+        guard offset % clusterSize == 0 else {
+            throw Fault("L1 entry \(hex(pointer)) is not aligned to \(clusterSize)")
+        }
+        return offset == 0 ? 0 : number(offset + cluster % entriesPerTable * 8)
+    }
+
+    private func copy(from host: Int, into part: UnsafeMutableRawBufferPointer) {
+        let there = Swift.max(0, Swift.min(part.count, bytes.count - host))
+        if there > 0 {
+            part.copyMemory(from: UnsafeRawBufferPointer(rebasing: bytes[host..<host + there]))
+        }
+        UnsafeMutableRawBufferPointer(rebasing: part[there...]).fillZero()
+    }
+
+    private func inflate(
+        _ host: Int, _ byteCount: Int, from within: Int, into part: UnsafeMutableRawBufferPointer
+    ) throws(Fault) {
+        guard host < bytes.count else { throw Fault("a stream at \(host) lies past the end") }
+        let end = Swift.min(host + byteCount, bytes.count)
+        let source = UnsafeRawBufferPointer(rebasing: bytes[host..<end])
+        let cluster = UnsafeMutableRawBufferPointer.allocate(byteCount: clusterSize, alignment: 16)
+        defer { cluster.deallocate() }
+        let isFine =
+            compressionType == 0
+            ? Streams.inflate(source, into: cluster) : Streams.unzstd(source, into: cluster)
+        guard isFine else { throw Fault("the stream at \(host) does not inflate") }
+        part.copyMemory(
+            from: UnsafeRawBufferPointer(rebasing: cluster[within..<within + part.count]))
+    }
+}
+
+extension UnsafeMutableRawBufferPointer {
+    package func fillZero() {
+        if let base = baseAddress { base.initializeMemory(as: UInt8.self, repeating: 0, count: count) }
+    }
+}
