@@ -69,7 +69,9 @@ def show(folder, name, failed):
     with open(os.path.join(folder, name + ".log"), encoding="utf-8", errors="replace") as log:
         for line in log:
             mark = line[:1]
-            if mark in "✘↳" or not failed and line.startswith(("• ", "➜ ")):
+            if line.startswith(("↳ Testing Library", "↳ Target Platform")):
+                continue
+            if mark in "✘↳" or line.startswith(("• ", "➜ ")):
                 print("  " + line.rstrip())
             elif failed and mark not in "◇✔":
                 print("  " + line.rstrip())

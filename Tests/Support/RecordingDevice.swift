@@ -55,6 +55,10 @@ package final class RecordingDevice: BlockDevice {
 
     /// The bytes as a reader sees them now, durable or not.
     package var bytes: [UInt8] { state.withLock { $0.current } }
+    package func withBytes<Result: Sendable>(_ body: (UnsafeRawBufferPointer) -> Result) -> Result {
+        state.withLock { $0.current.withUnsafeBytes(body) }
+    }
+
     package var moments: [Moment] { state.withLock { $0.moments } }
     package var syncCount: Int {
         moments.count { if case .flushed = $0 { true } else { false } }

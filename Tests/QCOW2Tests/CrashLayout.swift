@@ -1,0 +1,93 @@
+import QCOW2
+import TestSupport
+import Testing
+
+/// An image that a crash test starts from.
+struct CrashLayout: Sendable, CustomTestStringConvertible {
+    var version: UInt32 = 3
+    var clusterBits: Int
+    var refcountOrder = 4
+    var guestClusters: Int
+    var hasSnapshot = true
+    var hasBacking = false
+    var hasCompressed = false
+    /// Milliseconds between commits of the engine's own; nil for none.
+    var commitInterval: Int?
+
+    var byteCount: Int { guestClusters << clusterBits }
+    var sectorCount: Int { byteCount / 512 }
+    var sectorsPerCluster: Int { 1 << (clusterBits - 9) }
+    /// A discard on version 2 over a backing file cannot hide it, so what it gives is not told.
+    var canDiscard: Bool { version == 3 || !hasBacking }
+
+    var testDescription: String {
+        ["v\(version)", "\(1 << clusterBits) B", "\(1 << refcountOrder)-bit counts"]
+            .joined(separator: ", ") + (hasSnapshot ? ", snapshot" : "")
+            + (hasBacking ? ", backing" : "") + (hasCompressed ? ", compressed" : "")
+            + (commitInterval == nil ? "" : ", timer")
+    }
+
+    // What sectors hold before the first write.
+    static let stored: UInt64 = 1
+    static let backed: UInt64 = 2
+    static let compressed: UInt64 = 3
+
+    /// The image, and what its guest sectors hold, all of it in the snapshot too.
+    func build() -> (image: [UInt8], values: [UInt64]) {
+        var image = ImageBuilder(
+            byteCount: byteCount, version: version, clusterBits: clusterBits,
+            refcountOrder: refcountOrder)
+        var values = [UInt64](repeating: hasBacking ? Self.backed : 0, count: sectorCount)
+        for cluster in 0..<guestClusters {
+            let sectors = cluster * sectorsPerCluster..<(cluster + 1) * sectorsPerCluster
+            func bytes(_ value: UInt64) -> [UInt8] {
+                for sector in sectors { values[sector] = value }
+                return SectorPattern.bytes(sectors: sectors, value: value)
+            }
+            switch cluster % 8 {
+            case 0, 5: image.write(bytes(Self.stored), guestCluster: cluster)
+            case 2 where hasCompressed, 3 where hasCompressed:
+                image.compress(bytes(Self.compressed), guestCluster: cluster)
+            case 6 where version == 3:
+                _ = bytes(0)
+                image.zero(guestCluster: cluster)
+            case 7 where version == 3:
+                let host = image.write(bytes(Self.stored), guestCluster: cluster)
+                image.setEntry(UInt64(host) | 1 << 63 | 1, guestCluster: cluster)
+                _ = bytes(0)
+            default: break
+            }
+        }
+        if hasSnapshot { image.snapshot("kept") }
+        return (image.build(), values)
+    }
+
+    /// The backing file's bytes, all of them of the right sectors.
+    func backing() -> [Image.Backing] {
+        guard hasBacking else { return [] }
+        let bytes = SectorPattern.bytes(sectors: 0..<sectorCount, value: Self.backed)
+        return [.raw(RecordingDevice(bytes, name: "backing.raw", yielding: false))]
+    }
+
+    /// Every cluster size with every width of counts that a snapshot allows somewhere among them.
+    static let all: [CrashLayout] = [
+        CrashLayout(clusterBits: 9, refcountOrder: 1, guestClusters: 192),
+        CrashLayout(clusterBits: 9, guestClusters: 192, hasBacking: true, commitInterval: 2),
+        CrashLayout(clusterBits: 9, refcountOrder: 6, guestClusters: 192, hasCompressed: true),
+        CrashLayout(version: 2, clusterBits: 9, guestClusters: 192, commitInterval: 3),
+        CrashLayout(clusterBits: 9, refcountOrder: 0, guestClusters: 192, hasSnapshot: false),
+        CrashLayout(clusterBits: 12, refcountOrder: 2, guestClusters: 96, hasBacking: true),
+        CrashLayout(
+            clusterBits: 12, refcountOrder: 3, guestClusters: 96, hasCompressed: true,
+            commitInterval: 2),
+        CrashLayout(version: 2, clusterBits: 12, guestClusters: 96, hasBacking: true),
+        CrashLayout(
+            clusterBits: 12, refcountOrder: 5, guestClusters: 96, hasBacking: true,
+            hasCompressed: true),
+        CrashLayout(clusterBits: 16, guestClusters: 16, hasBacking: true),
+        CrashLayout(clusterBits: 16, refcountOrder: 6, guestClusters: 16, hasCompressed: true),
+        CrashLayout(
+            clusterBits: 16, refcountOrder: 3, guestClusters: 16, hasBacking: true,
+            commitInterval: 2),
+    ]
+}
