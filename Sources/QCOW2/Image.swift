@@ -1,8 +1,19 @@
-package import Glibc
+internal import Glibc
+public import Logging
+internal import Synchronization
 
 /// The virtual disk of a qcow2 image: guest bytes, over the layers of its backing chain.
 ///
-/// Any method may be called from any thread.
+/// Any method may be called from any thread.  Offsets and counts are bytes of the virtual disk.
+///
+/// Locks, in the order in which they are taken:
+///
+/// 1. `structure`: resizing, starting to write, closing;
+/// 2. range locks, ascending (`RangeLocks`);
+/// 3. `tables`: replacing an L2 table;
+/// 4. the commit's token; a commit never takes a range lock, so a writer may wait for one;
+/// 5. the cluster map's lock;
+/// 6. the allocator's lock, then the guard's and the header's.
 public final class Image: Sendable {
     /// What lies below an image that was opened on a device instead of a path.
     public enum Backing: Sendable {
@@ -10,46 +21,177 @@ public final class Image: Sendable {
         case raw(any BlockDevice)
     }
 
-    public static func open(_ path: String, options: OpenOptions = OpenOptions()) throws(ImageError) -> Image { fatalError() }
-    public static func open(_ device: any BlockDevice, backing: [Backing] = [], options: OpenOptions = OpenOptions()) throws(ImageError) -> Image { fatalError() }
+    /// The layers, top first.
+    nonisolated(unsafe) let layers: UnsafeMutablePointer<Layer>
+    let layerCount: Int
+    /// The end of the longest layer below the top one: past it nothing shows through.
+    let backingEnd: UInt64
+    let currentSize: Atomic<UInt64>
+    let ranges: RangeLocks
+    let decompressed: DecompressedCache
+    nonisolated(unsafe) let zeroes = ZeroArea.start
+    /// What only a writable image has.
+    let writing: Writing?
+    let allocation: AllocationCounter
+    let logger: Logger
+    private let closing = Monitor(Closing())
+
+    private struct Closing {
+        var isClosed = false
+        var workers: [pthread_t] = []
+    }
+
+    /// The parts that change an image.
+    final class Writing: Sendable {
+        let header: HeaderSector
+        let guarded: MetadataGuard
+        let allocator: ClusterAllocator
+        let commit: Commit
+        /// 1 per L1 entry whose table was found to lie where no other metadata is.
+        let checkedTables: Monitor<Set<UInt64>>
+        let tables = Monitor(())
+        let structure = Monitor(())
+        /// Whether what must precede the first write was done.
+        let hasBegun = Atomic(false)
+        let scratch = ScratchPool()
+
+        init(
+            header: HeaderSector, guarded: MetadataGuard, allocator: ClusterAllocator, commit: Commit
+        ) {
+            self.header = header
+            self.guarded = guarded
+            self.allocator = allocator
+            self.commit = commit
+            checkedTables = Monitor([])
+        }
+    }
+
+    init(_ chain: consuming OpenedChain) {
+        layers = chain.layers
+        layerCount = chain.layerCount
+        chain.isTaken = true
+        var end: UInt64 = 0
+        var largestCluster = 512
+        for index in 0..<layerCount {
+            if index > 0 { end = max(end, layers[index].size) }
+            largestCluster = max(largestCluster, Int(layers[index].header?.clusterByteCount ?? 0))
+        }
+        backingEnd = end
+        currentSize = Atomic(layers[0].size)
+        ranges = RangeLocks(clusterBits: layers[0].header?.clusterBits ?? 16)
+        decompressed = DecompressedCache(
+            byteCount: chain.options.decompressedCacheByteCount, clusterByteCount: largestCluster)
+        writing = chain.writing
+        allocation = AllocationCounter()
+        logger = chain.options.logger
+    }
+
+    deinit {
+        layers.deinitialize(count: layerCount)
+        layers.deallocate()
+    }
+
+    // MARK: What it is
 
     /// Bytes of the virtual disk: the header's size rounded down to a multiple of 512.
-    public var size: UInt64 { fatalError() }
-    public var isReadOnly: Bool { fatalError() }
+    @inline(__always)
+    public var size: UInt64 { currentSize.load(ordering: .acquiring) }
+
+    public var isReadOnly: Bool { writing == nil }
+
+    /// The top layer's header as it was at open.
+    public var header: Header { top.header ?? Header.none }
+
     /// Bytes of a cluster of the top layer.
-    public var clusterByteCount: UInt64 { fatalError() }
+    public var clusterByteCount: UInt64 { map.clusterMask &+ 1 }
 
-    public func read(into buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) throws(ImageError) { fatalError() }
-    public func write(_ bytes: UnsafeRawBufferPointer, at offset: UInt64) throws(ImageError) { fatalError() }
-    public func flush() throws(ImageError) { fatalError() }
-    public func discard(_ range: Range<UInt64>) throws(ImageError) { fatalError() }
-    /// Makes `range` read as zeros; `keepingSpace` keeps clusters that are allocated.
-    public func writeZeroes(_ range: Range<UInt64>, keepingSpace: Bool = false) throws(ImageError) { fatalError() }
-    /// Allocates every cluster of `range` that has none, keeping what it reads (fallocate mode 0).
-    public func allocate(_ range: Range<UInt64>) throws(ImageError) { fatalError() }
-    /// First offset from `offset` on that is not proven zero by metadata; nil where only holes follow.
-    public func seekData(from offset: UInt64) throws(ImageError) -> UInt64? { fatalError() }
-    /// First offset from `offset` on that is in a hole; the end of the disk counts as one.
-    public func seekHole(from offset: UInt64) throws(ImageError) -> UInt64 { fatalError() }
-    /// Sets the size (bytes, a multiple of 512); new bytes read as zeros.
-    public func resize(to byteCount: UInt64, shrinking: Bool = false) throws(ImageError) { fatalError() }
-    /// Writes everything, unlocks, closes.  Errors are those of the last writes.  Idempotent.
-    public func close() throws(ImageError) { fatalError() }
+    /// Files of the chain, top first.
+    public var files: [String] { (0..<layerCount).map { layers[$0].file.name } }
 
-    /// Starts a thread that commits metadata every `interval`; it ends with `close()`.
-    public func startCommitting(every interval: Duration) { fatalError() }
-    /// Starts a thread that counts allocated guest bytes once; it ends with `close()`.
-    public func startCountingAllocation() { fatalError() }
-    /// Guest bytes allocated in the chain; before the count is done, an estimate below `size`.
-    public var allocatedByteCount: UInt64 { fatalError() }
+    var top: Layer {
+        @inline(__always) unsafeAddress { UnsafePointer(layers) }
+    }
 
-    /// Reads guest bytes `offset ..< offset + count` (inside the disk) as pieces for one gathering
-    /// reply.  Plain data of `mapThreshold` bytes and more comes from the files' mappings, zeros
-    /// from a static zero area, the rest is read or inflated into `scratch` (at least `count`
-    /// bytes).  The guest range stays locked until `body` returns: nothing in it is freed or moved.
-    package func withPieces<Result>(
-        at offset: UInt64, count: Int, scratch: UnsafeMutableRawBufferPointer,
-        pieces: UnsafeMutableBufferPointer<iovec>,
-        _ body: (UnsafeMutableBufferPointer<iovec>) -> Result
-    ) throws(ImageError) -> Result { fatalError() }
+    /// The top layer's map.
+    @inline(__always)
+    var map: ClusterMap {
+        guard let map = layers.pointee.map else { preconditionFailure("the top layer is a qcow2 image") }
+        return map
+    }
+
+    // MARK: Closing
+
+    /// Commits everything and closes the files, which unlocks them.
+    ///
+    /// Idempotent.  No other method may be running or be called afterwards.
+    /// - Throws: what the last writes and syncs said; the files are closed all the same.
+    public func close() throws(ImageError) {
+        let workers = closing.withLock { state -> [pthread_t]? in
+            if state.isClosed { return nil }
+            state.isClosed = true
+            return state.workers
+        }
+        guard let workers else { return }
+        closing.announceChange()
+        for worker in workers { pthread_join(worker, nil) }
+        defer { for index in 0..<layerCount { layers[index].file.device.close() } }
+        guard let writing else { return }
+        ranges.lockEverything()
+        defer { ranges.unlockEverything() }
+        if writing.hasBegun.load(ordering: .acquiring) { try writing.commit.finish() }
+    }
+
+    /// Starts a thread that commits what is dirty every `interval`, so that a killed process loses
+    /// no more than that; it ends with `close()`.
+    public func startCommitting(every interval: Duration) {
+        guard let writing else { return }
+        let seconds = Double(interval.components.seconds) + Double(interval.components.attoseconds) / 1e18
+        startWorker { image in
+            while !image.waitForClosing(seconds: max(seconds, 0.001)) {
+                do throws(ImageError) {
+                    try writing.commit.tidy()
+                } catch {
+                    image.logger.error("commit in the background: \(error)")
+                }
+            }
+        }
+    }
+
+    /// Runs `body` on a thread of its own until the image closes; `close()` waits for its end.
+    func startWorker(_ body: @escaping @Sendable (Image) -> Void) {
+        let thread = Worker.start { [unowned self] in body(self) }
+        guard let thread else {
+            logger.error("cannot start a thread: \(SystemError.last)")
+            return
+        }
+        closing.withLock { $0.workers.append(thread) }
+    }
+
+    /// Waits for `close()` at most `seconds`; true when it was called.
+    func waitForClosing(seconds: Double) -> Bool {
+        closing.wait(seconds: seconds) { $0.isClosed }
+        return isClosing
+    }
+
+    var isClosing: Bool { closing.withLock { $0.isClosed } }
+
+    // MARK: Judging requests
+
+    /// Throws unless `offset ..< offset + count` is inside of the disk.
+    @inline(__always)
+    func checkRange(_ offset: UInt64, _ count: UInt64) throws(ImageError) {
+        guard count <= size, offset <= size &- count else { throw outside(offset, count) }
+    }
+
+    private func outside(_ offset: UInt64, _ count: UInt64) -> ImageError {
+        ImageError(
+            .invalidArgument("\(count) bytes at \(offset) are outside of the disk (\(size) bytes)"),
+            file: top.file.name)
+    }
+
+    /// The parts that write, or the reason why there are none.
+    func writer() throws(ImageError) -> Writing {
+        guard let writing else { throw ImageError(.readOnly, file: top.file.name) }
+        return writing
+    }
 }

@@ -1,7 +1,7 @@
 import Glibc
 import Testing
 
-@testable import QCOW2
+import QCOW2
 
 @Suite("Which backing file an image may make us open")
 struct OpenPolicyTests {

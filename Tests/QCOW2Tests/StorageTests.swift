@@ -1,7 +1,7 @@
 import Glibc
 import Testing
 
-@testable import QCOW2
+import QCOW2
 
 @Suite("Bytes at offsets: files and memory")
 struct StorageTests {

@@ -114,4 +114,14 @@ extension ClusterAllocator {
             try file.write(UnsafeRawBufferPointer(zeroes), at: cluster &<< clusterBits)
         }
     }
+
+    /// Cuts the file behind the last cluster whose count is not 0.
+    package func cutFile() throws(ImageError) {
+        try state.withLock { state throws(ImageError) in
+            var cluster = file.writtenEnd &>> clusterBits &+ 1
+            while cluster > 1, try count(of: cluster &- 1, &state) == 0 { cluster &-= 1 }
+            let end = cluster &<< clusterBits
+            if end < file.writtenEnd { try file.resize(to: end) }
+        }
+    }
 }

@@ -75,15 +75,48 @@ package final class MetadataGuard: Sendable {
     @inline(never)
     package func isMetadata(_ cluster: UInt64) -> Bool {
         if cluster == 0 { return true }
-        let isKnown = known.withLock { known in
-            known.refcountBlocks.contains(cluster)
-                || known.tables.contains { $0.first <= cluster && cluster < $0.end }
-        }
-        if isKnown { return true }
+        if isKnown(cluster) { return true }
         let l1 = map.l1Clusters
         if l1.first <= cluster, cluster < l1.end { return true }
         let offset = cluster &<< clusterBits
         for index in 0..<map.l1EntryCount where map.l1Entry(index).offset == offset { return true }
         return false
+    }
+
+    /// Whether the L2 table at `offset` lies on other metadata, or under two L1 entries.
+    package func collides(tableAt offset: UInt64) -> Bool {
+        let cluster = offset &>> clusterBits
+        if cluster == 0 || isKnown(cluster) { return true }
+        let l1 = map.l1Clusters
+        if l1.first <= cluster, cluster < l1.end { return true }
+        var count = 0
+        for index in 0..<map.l1EntryCount where map.l1Entry(index).offset == offset { count += 1 }
+        return count > 1
+    }
+
+    private func isKnown(_ cluster: UInt64) -> Bool {
+        known.withLock { known in
+            known.refcountBlocks.contains(cluster)
+                || known.tables.contains { $0.first <= cluster && cluster < $0.end }
+        }
+    }
+
+    /// Refcount blocks and tables that lie on one another; nil when all is well.
+    package func collision() -> UInt64? {
+        known.withLock { known in
+            var tables = known.tables
+            if map.l1Clusters.count > 0 { tables.append(map.l1Clusters) }
+            tables.sort { $0.first < $1.first }
+            for (table, next) in zip(tables, tables.dropFirst()) where table.end > next.first {
+                return next.first
+            }
+            if let first = tables.first, first.first == 0 { return 0 }
+            for block in known.refcountBlocks {
+                if block == 0 || tables.contains(where: { $0.first <= block && block < $0.end }) {
+                    return block
+                }
+            }
+            return nil
+        }
     }
 }

@@ -18,6 +18,8 @@ package final class Commit: Sendable {
     private let allocator: ClusterAllocator
     private let header: HeaderSector
     private let logger: Logger
+    /// Called with host bytes that are about to become free.
+    private let willFree: @Sendable (Range<UInt64>) -> Void
     private let state: Monitor<State>
 
     private struct State {
@@ -34,13 +36,14 @@ package final class Commit: Sendable {
 
     package init(
         file: HostFile, map: ClusterMap, allocator: ClusterAllocator, header: HeaderSector,
-        logger: Logger
+        logger: Logger, willFree: @escaping @Sendable (Range<UInt64>) -> Void
     ) {
         self.file = file
         self.map = map
         self.allocator = allocator
         self.header = header
         self.logger = logger
+        self.willFree = willFree
         state = Monitor(State())
     }
 
@@ -185,10 +188,17 @@ package final class Commit: Sendable {
         let freed = try allocator.drop(dropped.sorted { $0.first < $1.first })
         for run in freed {
             let range = run.first &<< map.clusterBits..<run.end &<< map.clusterBits
+            willFree(range)
             // Less than a page of the file system: it would be zeroed, not given back.
             if range.upperBound &- range.lowerBound >= 4096 { file.punchHole(range) }
         }
         try allocator.free(freed)
+    }
+
+    /// Cuts the file behind the last cluster in use; what was dropped has been freed.
+    package func cutFile() throws(ImageError) {
+        try tidy()
+        try allocator.cutFile()
     }
 
     /// Writes everything, lowered counts too: afterwards counts and references agree.

@@ -21,4 +21,18 @@ extension Array where Element == ClusterRun {
             append(run)
         }
     }
+
+    /// Adds the references that `entry` holds on host clusters.
+    package mutating func append(references entry: L2Entry, clusterBits: UInt64) {
+        if entry.isCompressed {
+            let bits = UInt32(truncatingIfNeeded: clusterBits)
+            let clusters = CompressedDescriptor(entry, clusterBits: bits).hostClusters(clusterBits: bits)
+            append(
+                joining: ClusterRun(
+                    first: clusters.lowerBound,
+                    count: clusters.upperBound &- clusters.lowerBound &+ 1))
+        } else if entry.offset != 0 {
+            append(joining: ClusterRun(first: entry.offset &>> clusterBits, count: 1))
+        }
+    }
 }

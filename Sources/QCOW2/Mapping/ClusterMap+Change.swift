@@ -47,15 +47,8 @@ extension ClusterMap {
             state.dirtySlots.append(slot)
         }
         if new.isCompressed || !new.hasZeroFlag && new.offset != 0 { state.exposesData = true }
-        if old.isCompressed {
-            let clusters = CompressedDescriptor(old, clusterBits: UInt32(clusterBits))
-                .hostClusters(clusterBits: UInt32(clusterBits))
-            state.dropped.append(
-                joining: ClusterRun(
-                    first: clusters.lowerBound,
-                    count: clusters.upperBound &- clusters.lowerBound &+ 1))
-        } else if old.offset != 0, old.offset != new.offset {
-            state.dropped.append(joining: ClusterRun(first: old.offset &>> clusterBits, count: 1))
+        if old.isCompressed || old.offset != new.offset {
+            state.dropped.append(references: old, clusterBits: clusterBits)
         }
     }
 
@@ -119,6 +112,31 @@ extension ClusterMap {
             copyL1Entries(to: entries)
             table.pointee = L1Table(entries: entries, offset: offset)
             state.hasMoved = true
+        }
+    }
+
+    /// Calls `body` with every entry of a table, as it is now.  Every range lock is held.
+    package func forEachEntry(
+        ofTable index: Int, _ body: (L2Entry) -> Void
+    ) throws(ImageError) {
+        let first = UInt64(index) &<< tableBits
+        for position in 0..<UInt64(1) &<< tableBits {
+            body(try entry(of: first &+ position))
+        }
+    }
+
+    /// The entry of a guest cluster (an index) whose table exists.
+    private func entry(of cluster: UInt64) throws(ImageError) -> L2Entry {
+        while true {
+            guard try ensure(cluster &>> sliceBits) else {
+                throw file.corrupt("no room for an L2 table in the cache")
+            }
+            let found = state.withLock { _ -> L2Entry? in
+                guard let (slot, _) = cache.find(cluster &>> sliceBits) else { return nil }
+                return cache.entry(
+                    in: slot, at: Int(truncatingIfNeeded: cluster & (1 &<< sliceBits &- 1)))
+            }
+            if let found { return found }
         }
     }
 

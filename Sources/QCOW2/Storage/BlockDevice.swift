@@ -42,10 +42,14 @@ public protocol BlockDevice: AnyObject, Sendable {
 
     /// What a message calls this device: a path, mostly.
     var name: String { get }
+
+    /// Gives up what the device holds, locks included; nothing is asked of it afterwards.
+    func close()
 }
 
 extension BlockDevice {
     public var readsZerosPastEnd: Bool { false }
+    public func close() {}
     public var mappedBytes: UnsafeRawBufferPointer? { nil }
     public func punchHole(_ range: Range<UInt64>) throws(SystemError) { throw .notSupported }
     public func nextData(from offset: UInt64) throws(SystemError) -> UInt64? {

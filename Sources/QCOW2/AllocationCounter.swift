@@ -1,0 +1,165 @@
+internal import Synchronization
+
+/// How many guest bytes are allocated in the chain, for `st_blocks`.
+///
+/// A worker counts once, slice by slice; changes behind the place that it has reached are added as
+/// they are made, changes before it are seen when it comes there.  Both happen under the lock of
+/// the cluster map.
+final class AllocationCounter: Sendable {
+    /// Bytes counted so far, and changes since.
+    private let byteCount = Atomic<Int>(0)
+    /// The first guest cluster that was not counted yet.
+    private let reached = Atomic<UInt64>(0)
+    private let isDone = Atomic<Bool>(false)
+
+    /// The count, nil until it is done.
+    var counted: UInt64? {
+        isDone.load(ordering: .acquiring) ? UInt64(max(byteCount.load(ordering: .relaxed), 0)) : nil
+    }
+
+    /// Whether changes of `cluster` must be reported.
+    func covers(_ cluster: UInt64) -> Bool { cluster < reached.load(ordering: .relaxed) }
+
+    /// An entry was replaced; `shown` bytes of layers below show through where there is none.
+    func note(_ old: L2Entry, _ new: L2Entry, shown: UInt64, clusterByteCount: UInt64) {
+        let change =
+            Self.byteCount(of: new, shown, clusterByteCount)
+            - Self.byteCount(of: old, shown, clusterByteCount)
+        if change != 0 { byteCount.wrappingAdd(change, ordering: .relaxed) }
+    }
+
+    func add(_ count: Int, reaching cluster: UInt64) {
+        byteCount.wrappingAdd(count, ordering: .relaxed)
+        reached.store(cluster, ordering: .relaxed)
+    }
+
+    func finish() {
+        reached.store(.max, ordering: .relaxed)
+        isDone.store(true, ordering: .releasing)
+    }
+
+    static func byteCount(of entry: L2Entry, _ shown: UInt64, _ clusterByteCount: UInt64) -> Int {
+        if entry.isCompressed || entry.offset != 0 { return Int(clusterByteCount) }
+        return entry.hasZeroFlag ? 0 : Int(shown)
+    }
+}
+
+extension Image {
+    /// Guest bytes allocated in the chain.  Until they are counted, an estimate that is less than
+    /// the disk, so that nobody takes the disk for full.
+    public var allocatedByteCount: UInt64 {
+        if let counted = allocation.counted { return min(counted, size) }
+        var estimate: UInt64 = 0
+        for index in 0..<layerCount {
+            estimate &+= (layers[index].file.device as? FileDevice)?.allocatedByteCount ?? 0
+        }
+        return min(estimate, size &- min(size, clusterByteCount))
+    }
+
+    /// Counts the allocated bytes in the background; `close()` ends it.
+    public func startCountingAllocation() {
+        startWorker { image in
+            // Readers of the first moments come first.
+            if image.waitForClosing(seconds: 0.2) { return }
+            do throws(ImageError) {
+                try image.countAllocation()
+            } catch {
+                image.logger.warning("allocated bytes could not be counted: \(error)")
+            }
+        }
+    }
+
+    private func countAllocation() throws(ImageError) {
+        var cluster: UInt64 = 0
+        let end = (size &+ map.clusterMask) &>> map.clusterBits
+        while cluster < end, !isClosing { cluster = try countSlice(from: cluster, end) }
+        if cluster >= end { allocation.finish() }
+    }
+
+    /// Counts up to the end of a slice, or of a run without tables; returns where it stopped.
+    private func countSlice(from cluster: UInt64, _ end: UInt64) throws(ImageError) -> UInt64 {
+        let offset = cluster &<< map.clusterBits
+        if offset >= backingEnd {
+            let next = min(map.endOfMissingTables(from: cluster), end)
+            if next > cluster {
+                let isCounted = map.whileLocked {
+                    guard map.endOfMissingTables(from: cluster) >= next else { return false }
+                    allocation.add(0, reaching: next)
+                    return true
+                }
+                if isCounted { return next }
+            }
+        }
+        let next = min(map.endOfSlice(from: cluster), end)
+        let shown = try shownByteCounts(cluster, count: Int(next &- cluster))
+        try map.withEntries(cluster, count: Int(next &- cluster)) { entries in
+            var sum = 0
+            for (index, shown) in shown.enumerated() {
+                sum += AllocationCounter.byteCount(of: entries(index), shown, clusterByteCount)
+            }
+            allocation.add(sum, reaching: next)
+        }
+        return next
+    }
+
+    /// For each of `count` guest clusters, how many bytes the layers below would show.
+    func shownByteCounts(_ cluster: UInt64, count: Int) throws(ImageError) -> [UInt64] {
+        var counts = [UInt64](repeating: 0, count: count)
+        guard layerCount > 1 else { return counts }
+        for index in 0..<count {
+            var offset = (cluster &+ UInt64(index)) &<< map.clusterBits
+            let end = min(offset &+ clusterByteCount, layers[1].size)
+            while offset < end {
+                let run = try holeOrDataLocked(at: offset, limit: end &- offset, from: 1)
+                if !run.isHole { counts[index] &+= run.byteCount }
+                offset &+= run.byteCount
+            }
+        }
+        return counts
+    }
+}
+
+extension ClusterMap {
+    func endOfSlice(from cluster: UInt64) -> UInt64 { (cluster &>> sliceBits &+ 1) &<< sliceBits }
+
+    /// The first cluster from `cluster` on that has an L2 table.
+    func endOfMissingTables(from cluster: UInt64) -> UInt64 {
+        var index = Int(truncatingIfNeeded: cluster &>> tableBits)
+        guard index < l1EntryCount, l1Entry(index).offset == 0 else {
+            return index < l1EntryCount ? cluster : .max
+        }
+        while index < l1EntryCount, l1Entry(index).offset == 0 { index += 1 }
+        return index == l1EntryCount ? .max : UInt64(index) &<< tableBits
+    }
+
+    func whileLocked<Result>(_ body: () -> Result) -> Result { state.withLock { _ in body() } }
+
+    /// Calls `body`, under the lock, with the entries of clusters of one slice; an L1 entry
+    /// without a table has unallocated ones.
+    func withEntries(
+        _ cluster: UInt64, count: Int, _ body: ((Int) -> L2Entry) -> Void
+    ) throws(ImageError) {
+        let slice = cluster &>> sliceBits
+        let first = Int(truncatingIfNeeded: cluster & (1 &<< sliceBits &- 1))
+        let l1Index = Int(truncatingIfNeeded: cluster &>> tableBits)
+        while true {
+            let entry = l1Entry(l1Index)
+            let hasTable = entry.offset != 0 && entry.offset & clusterMask == 0
+            if hasTable {
+                // Every slot taken by what waits for a commit: one will come.
+                guard try ensure(slice) else { continue }
+            }
+            let isDone = state.withLock { _ -> Bool in
+                guard l1Entry(l1Index).offset == entry.offset else { return false }
+                guard hasTable else {
+                    body { _ in .unallocated }
+                    return true
+                }
+                guard let (slot, _) = cache.find(slice) else { return false }
+                body { cache.entry(in: slot, at: first + $0) }
+                return true
+            }
+            if isDone { return }
+        }
+    }
+}

@@ -1,0 +1,178 @@
+/// What every change of a mapping needs: a table that may be changed, clusters, the link itself,
+/// and the checks before a write.
+extension Image {
+    /// Replaces the entries of `count` guest clusters from `cluster` on, all in one writable
+    /// table, waiting for commits where the cache has no room.
+    func link(
+        _ cluster: UInt64, count: Int, _ writing: Writing,
+        _ change: (_ index: Int, _ old: L2Entry) -> L2Entry
+    ) throws(ImageError) {
+        // Asked before the map's lock is taken, since it may read.
+        let shown = layerCount > 1 ? try shownByteCounts(cluster, count: count) : []
+        var done = 0
+        while done < count {
+            let base = done
+            done += try map.update(cluster &+ UInt64(base), count: count - base) { index, old in
+                let new = change(base + index, old)
+                if allocation.covers(cluster &+ UInt64(base + index)) {
+                    allocation.note(
+                        old, new, shown: shown.isEmpty ? 0 : shown[base + index],
+                        clusterByteCount: clusterByteCount)
+                }
+                return new
+            }
+            if done < count { try writing.commit.now() }
+        }
+    }
+
+    /// Takes up to `count` consecutive clusters, waiting for a commit where none is free now.
+    func allocate(_ count: Int, exactly: Bool = false, _ writing: Writing) throws(ImageError) -> ClusterRun {
+        // A commit makes new blocks' ranges usable, a second one frees what the first dropped.
+        for _ in 0..<4 {
+            do throws(ImageError) {
+                if let run = try writing.allocator.allocate(count, exactly: exactly) { return run }
+            } catch {
+                guard case .corrupt = error.kind else { throw error }
+                throw stopWriting(error, writing)
+            }
+            try writing.commit.now()
+        }
+        throw ImageError(.system(.noSpace, operation: "no free clusters"), file: top.file.name)
+    }
+
+    // MARK: L2 tables
+
+    /// Makes sure that the L2 table for `guest` exists and is ours alone.
+    func makeTableWritable(at guest: UInt64, _ writing: Writing) throws(ImageError) {
+        if map.hasWritableTable(at: guest) { return try checkTable(at: guest, writing) }
+        try writing.tables.withLock { _ throws(ImageError) in
+            if !map.hasWritableTable(at: guest) { try replaceTable(at: guest, writing) }
+        }
+    }
+
+    /// Gives `guest` a table of its own: empty, or a copy of the shared one without COPIED.
+    ///
+    /// A table that is shared is reached by as many L1 tables as its clusters have references, so
+    /// a copy changes no count of data.
+    private func replaceTable(at guest: UInt64, _ writing: Writing) throws(ImageError) {
+        let index = Int(truncatingIfNeeded: guest &>> map.coverageBits)
+        let old = map.l1Entry(index)
+        guard old.offset & map.clusterMask == 0 else {
+            throw stopWriting(
+                top.fault(Extent(.corrupt, host: old.bits, byteCount: 0), at: guest), writing)
+        }
+        let isShared = try old.offset == 0 || writing.allocator.count(of: old.offset &>> map.clusterBits) != 1
+        let run = try allocate(1, exactly: true, writing)
+        let offset = run.first &<< map.clusterBits
+        do throws(ImageError) {
+            try copyTable(from: old.offset, to: offset, clearingCopied: isShared)
+        } catch {
+            try writing.allocator.release(run)
+            throw error
+        }
+        writing.guarded.addTable(run.first)
+        map.replaceTable(index, by: offset, clearingCopied: isShared)
+        writing.checkedTables.withLock { _ = $0.insert(offset) }
+    }
+
+    /// Writes a table where nothing refers to it yet; no old one (offset 0) means zeros.
+    private func copyTable(
+        from old: UInt64, to new: UInt64, clearingCopied: Bool
+    ) throws(ImageError) {
+        let file = layers.pointee.file
+        let byteCount = Int(map.clusterMask &+ 1)
+        let buffer = UnsafeMutableRawBufferPointer.allocate(byteCount: byteCount, alignment: 4096)
+        defer { buffer.deallocate() }
+        if old == 0 {
+            buffer.initializeMemory(as: UInt8.self, repeating: 0)
+        } else {
+            try file.read(into: buffer, at: old)
+            if clearingCopied { clearCopied(in: buffer) }
+        }
+        try file.write(UnsafeRawBufferPointer(buffer), at: new)
+    }
+
+    private func clearCopied(in table: UnsafeMutableRawBufferPointer) {
+        for position in stride(from: 0, to: table.count, by: 8) {
+            let entry = L2Entry(
+                bits: UnsafeRawBufferPointer(table).bigEndian(at: position) ?? 0)
+            if entry.isCopied, !entry.isCompressed {
+                table.storeBigEndian(entry.withoutCopied.bits, at: position)
+            }
+        }
+    }
+
+    /// Before a table is changed for the first time: it must not lie where other metadata is.
+    private func checkTable(at guest: UInt64, _ writing: Writing) throws(ImageError) {
+        let offset = map.l1Entry(Int(truncatingIfNeeded: guest &>> map.coverageBits)).offset
+        if writing.checkedTables.withLock({ $0.contains(offset) }) { return }
+        guard !writing.guarded.collides(tableAt: offset),
+            try writing.allocator.count(of: offset &>> map.clusterBits) == 1
+        else {
+            throw stopWriting(
+                top.file.corrupt(
+                    "the L2 table at 0x\(String(offset, radix: 16)) (guest offset "
+                        + "0x\(String(guest, radix: 16))) lies where other metadata is, or is "
+                        + "shared although it is marked COPIED"),
+                writing)
+        }
+        writing.checkedTables.withLock { _ = $0.insert(offset) }
+    }
+
+    // MARK: Before a write
+
+    /// Throws unless host bytes are guest data: a write never lands in metadata, nor in a cluster
+    /// that is not allocated.
+    @inline(__always)
+    func checkTarget(
+        _ host: UInt64, _ byteCount: UInt64, at guest: UInt64, _ writing: Writing
+    ) throws(ImageError) {
+        if writing.guarded.overlaps(host, byteCount)
+            || (host &+ byteCount &+ map.clusterMask) & ~map.clusterMask
+                > (layers.pointee.file.writtenEnd &+ map.clusterMask) & ~map.clusterMask
+        {
+            try checkSuspiciousTarget(host, byteCount, at: guest, writing)
+        }
+    }
+
+    @inline(never)
+    private func checkSuspiciousTarget(
+        _ host: UInt64, _ byteCount: UInt64, at guest: UInt64, _ writing: Writing
+    ) throws(ImageError) {
+        let place = "guest offset 0x\(String(guest, radix: 16)) is mapped to host offset 0x\(String(host, radix: 16))"
+        if writing.guarded.overlaps(host, byteCount) {
+            throw stopWriting(top.file.corrupt("\(place), which is metadata"), writing)
+        }
+        // Past the end of the file: fine if it is allocated.
+        for cluster in host &>> map.clusterBits...(host &+ byteCount &- 1) &>> map.clusterBits
+        where try writing.allocator.count(of: cluster) == 0 {
+            throw stopWriting(top.file.corrupt("\(place), which is not allocated"), writing)
+        }
+    }
+
+    /// Damage was met while writing: marks the image corrupt, takes no more writes, and returns
+    /// the error to throw.
+    func stopWriting(_ error: ImageError, _ writing: Writing) -> ImageError {
+        guard (try? top.file.checkWritable()) != nil else { return error }
+        logger.critical("\(error); the image takes no more writes")
+        if top.header?.version == 3 {
+            do throws(ImageError) {
+                try writing.header.changeNow { $0.setFeature(.corrupt) }
+            } catch {
+                logger.error("the corrupt bit could not be set: \(error)")
+            }
+        }
+        top.file.stopWriting()
+        return error
+    }
+}
+
+extension Array where Element == UInt8 {
+    /// Sets an incompatible feature bit of a version 3 header.
+    fileprivate mutating func setFeature(_ feature: IncompatibleFeatures) {
+        let bits = withUnsafeBytes {
+            $0.bigEndian(at: HeaderField.incompatibleFeatures, as: UInt64.self) ?? 0
+        }
+        storeBigEndian(bits | feature.rawValue, at: HeaderField.incompatibleFeatures)
+    }
+}

@@ -1,0 +1,145 @@
+internal import Logging
+
+/// The layers of a chain while it is being opened, and after: closed again unless an image takes
+/// them over.
+struct OpenedChain: ~Copyable {
+    let layers: UnsafeMutablePointer<Layer>
+    var layerCount = 0
+    var writing: Image.Writing?
+    let options: OpenOptions
+    var isTaken = false
+
+    init(capacity: Int, options: OpenOptions) {
+        layers = .allocate(capacity: capacity)
+        self.options = options
+    }
+
+    deinit {
+        guard !isTaken else { return }
+        for index in 0..<layerCount { layers[index].file.device.close() }
+        layers.deinitialize(count: layerCount)
+        layers.deallocate()
+    }
+
+    mutating func append(_ layer: consuming Layer) {
+        (layers + layerCount).initialize(to: layer)
+        layerCount += 1
+    }
+}
+
+extension Image {
+    /// Opens the image at `path` with the files of its backing chain.
+    ///
+    /// The locks that QEMU honours are taken on every file before its header is read, and held
+    /// until `close()`.
+    /// - Throws: `.notQCOW2`, `.malformed`, `.unsupported` for what it is; `.locked` with the
+    ///   holder; `.denied` where the policy forbids a backing file; `.markedCorrupt` for writing
+    ///   to an image with the corrupt bit; `.system`.
+    public static func open(
+        _ path: String, options: OpenOptions = OpenOptions()
+    ) throws(ImageError) -> Image {
+        let plan = try ChainPlan(path, options: options)
+        var chain = OpenedChain(capacity: plan.files.count, options: options)
+        try open(plan.files, into: &chain)
+        return Image(chain)
+    }
+
+    /// Opens the image on `device`, over `backing`, which is given top first; what the header says
+    /// of a backing file is not followed.
+    public static func open(
+        _ device: any BlockDevice, backing: [Backing] = [], options: OpenOptions = OpenOptions()
+    ) throws(ImageError) -> Image {
+        var files: [ChainFile] = [ChainFile(device: device, header: try Header.readSupported(from: device))]
+        for layer in backing {
+            switch layer {
+            case .qcow2(let device):
+                files.append(ChainFile(device: device, header: try Header.readSupported(from: device)))
+            case .raw(let device): files.append(ChainFile(device: device, header: nil))
+            }
+        }
+        var chain = OpenedChain(capacity: files.count, options: options)
+        try open(files, into: &chain)
+        return Image(chain)
+    }
+
+    /// Makes layers of opened files, the first of them writable if it shall be.
+    private static func open(
+        _ files: [ChainFile], into chain: inout OpenedChain
+    ) throws(ImageError) {
+        let isWritable = chain.options.access == .readWrite
+        if isWritable { try prepareForWriting(files[0], options: chain.options) }
+        let shares = cacheShares(of: files, total: chain.options.cacheByteCount)
+        for (number, file) in files.enumerated() {
+            let hostFile = try HostFile(file.device)
+            if let header = file.header {
+                // A repair may have changed it.
+                let header = number == 0 && isWritable ? try Header.readSupported(from: file.device) : header
+                chain.append(
+                    try Layer(
+                        qcow2: header, in: hostFile, number: number, cacheByteCount: shares[number]))
+            } else {
+                chain.append(Layer(raw: hostFile, number: number))
+            }
+        }
+        if isWritable { chain.writing = try makeWriting(chain) }
+    }
+
+    /// What must be true of an image before it is opened for writing.
+    private static func prepareForWriting(
+        _ file: ChainFile, options: OpenOptions
+    ) throws(ImageError) {
+        guard let header = file.header else { return }
+        if header.incompatibleFeatures.contains(.corrupt) {
+            throw ImageError(.markedCorrupt, file: file.device.name)
+        }
+        // What a killed predecessor wrote may be in the page cache only: nothing of it is trusted
+        // before it is durable.
+        do throws(SystemError) {
+            try file.device.flush()
+        } catch {
+            throw ImageError(.system(error, operation: "sync before opening"), file: file.device.name)
+        }
+        if header.incompatibleFeatures.contains(.dirty) {
+            options.logger.notice("\(file.device.name): was not closed; rebuilding its refcounts")
+            try RefcountRebuild.run(on: file.device, header: header)
+        }
+    }
+
+    /// How many bytes of L2 tables each layer may keep: as much as it can use, and a fair share of
+    /// what the others leave.
+    private static func cacheShares(of files: [ChainFile], total: Int) -> [Int] {
+        let needs = files.map { file in
+            file.header.map { Int($0.l1EntryCount) << Int($0.clusterBits) } ?? 0
+        }
+        var shares = [Int](repeating: 0, count: files.count)
+        var left = total
+        let order = needs.indices.sorted { needs[$0] < needs[$1] }
+        for (position, index) in order.enumerated() {
+            shares[index] = min(needs[index], left / (order.count - position))
+            left -= shares[index]
+        }
+        return shares
+    }
+
+    private static func makeWriting(_ chain: borrowing OpenedChain) throws(ImageError) -> Writing? {
+        guard let map = chain.layers.pointee.map, let header = chain.layers.pointee.header else {
+            return nil
+        }
+        let file = chain.layers.pointee.file
+        let guarded = MetadataGuard(
+            map: map,
+            tableCount: Int(header.l1EntryCount) + Int(header.refcountTableClusterCount) * 8)
+        for table in try FixedTables.find(in: file, header: header) { guarded.add(table) }
+        let allocator = try ClusterAllocator(header, in: file, guarded: guarded)
+        if let cluster = guarded.collision() {
+            throw file.corrupt(
+                "two tables of the image overlap at 0x\(String(cluster &<< map.clusterBits, radix: 16)): "
+                    + "mount it with --read-only to save its data")
+        }
+        let sector = try HeaderSector(of: file)
+        let commit = Commit(
+            file: file, map: map, allocator: allocator, header: sector,
+            logger: chain.options.logger, willFree: { _ in })
+        return Writing(header: sector, guarded: guarded, allocator: allocator, commit: commit)
+    }
+}

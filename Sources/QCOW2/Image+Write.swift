@@ -1,0 +1,218 @@
+/// Writing: in place where the cluster is ours alone; otherwise into a new cluster, whose entry is
+/// linked when the data has returned.
+extension Image {
+    /// Writes `bytes` at `offset`.  They are read back from here on, and durable after `flush`.
+    /// - Throws: `.readOnly`; `.invalidArgument` outside of the disk; `.corrupt` where an entry
+    ///   makes no sense, after which the image takes no writes; `.system` for what the device said
+    ///   (ENOSPC leaves everything as it was).
+    public func write(_ bytes: UnsafeRawBufferPointer, at offset: UInt64) throws(ImageError) {
+        let writing = try writer()
+        try checkRange(offset, UInt64(bytes.count))
+        try begin(writing)
+        var done = 0
+        while done < bytes.count {
+            let start = offset &+ UInt64(done)
+            let count = min(bytes.count - done, Int(ranges.groupEnd(of: start) &- start))
+            try writePart(UnsafeRawBufferPointer(rebasing: bytes[done..<done + count]), at: start, writing)
+            done += count
+        }
+    }
+
+    /// Writes bytes of one group.
+    private func writePart(
+        _ bytes: UnsafeRawBufferPointer, at offset: UInt64, _ writing: Writing
+    ) throws(ImageError) {
+        let done = try writeSharing(bytes, at: offset, writing)
+        guard done < bytes.count else { return }
+        try writing.commit.relieve()
+        let rest = UnsafeRawBufferPointer(rebasing: bytes[done...])
+        let start = offset &+ UInt64(done)
+        let held = ranges.lockExclusive(start, UInt64(rest.count))
+        defer { ranges.unlock(held) }
+        try writeLocked(rest, at: start, writing)
+    }
+
+    /// Writes as far as clusters can be written in place, under the shared lock; returns how far.
+    @inline(__always)
+    private func writeSharing(
+        _ bytes: UnsafeRawBufferPointer, at offset: UInt64, _ writing: Writing
+    ) throws(ImageError) -> Int {
+        let held = ranges.lockShared(offset, UInt64(bytes.count))
+        defer { ranges.unlock(held) }
+        var done = 0
+        while done < bytes.count {
+            let guest = offset &+ UInt64(done)
+            let extent = try map.extent(at: guest, limit: UInt64(bytes.count &- done))
+            guard extent.kind == .data, extent.isCopied else { return done }
+            let end = done &+ Int(truncatingIfNeeded: extent.byteCount)
+            try writeInPlace(
+                UnsafeRawBufferPointer(rebasing: bytes[done..<end]), at: guest, extent, writing)
+            done = end
+        }
+        return done
+    }
+
+    @inline(__always)
+    private func writeInPlace(
+        _ bytes: UnsafeRawBufferPointer, at guest: UInt64, _ extent: Extent, _ writing: Writing
+    ) throws(ImageError) {
+        try checkTarget(extent.host, UInt64(bytes.count), at: guest, writing)
+        try layers.pointee.file.write(bytes, at: extent.host)
+    }
+
+    /// Writes bytes of one group, under its exclusive lock.
+    func writeLocked(
+        _ bytes: UnsafeRawBufferPointer, at offset: UInt64, _ writing: Writing
+    ) throws(ImageError) {
+        var done = 0
+        while done < bytes.count {
+            let guest = offset &+ UInt64(done)
+            let rest = UnsafeRawBufferPointer(rebasing: bytes[done...])
+            let extent = try map.extent(at: guest, limit: UInt64(rest.count))
+            switch (extent.kind, extent.isCopied) {
+            case (.data, true):
+                let part = UnsafeRawBufferPointer(rebasing: rest[..<Int(extent.byteCount)])
+                try writeInPlace(part, at: guest, extent, writing)
+                done += part.count
+            case (.zeroAllocated, true):
+                done += try writeOverZeroes(rest, at: guest, extent, writing)
+            case (.corrupt, _):
+                throw stopWriting(top.fault(extent, at: guest), writing)
+            default:
+                done += try writeAllocating(rest, at: guest, extent, writing)
+            }
+        }
+    }
+
+    // MARK: New clusters
+
+    /// Writes the start of `bytes` to new clusters and links them; returns how many bytes.
+    private func writeAllocating(
+        _ bytes: UnsafeRawBufferPointer, at guest: UInt64, _ extent: Extent, _ writing: Writing
+    ) throws(ImageError) -> Int {
+        try makeTableWritable(at: guest, writing)
+        let first = guest &>> map.clusterBits
+        let tableEnd = (guest &>> map.coverageBits &+ 1) &<< map.coverageBits
+        let end = min(guest &+ min(extent.byteCount, UInt64(bytes.count)), tableEnd)
+        let wanted = Int(truncatingIfNeeded: (end &- 1) &>> map.clusterBits &- first &+ 1)
+        let run = try allocate(wanted, writing)
+        let linkedEnd = min(end, (first &+ run.count) &<< map.clusterBits)
+        let part = UnsafeRawBufferPointer(rebasing: bytes[..<Int(linkedEnd &- guest)])
+        do throws(ImageError) {
+            try writeClusters(part, at: guest, to: run, writing)
+        } catch {
+            try writing.allocator.release(run)
+            throw error
+        }
+        let bits = map.clusterBits
+        try link(first, count: Int(run.count), writing) { index, _ in
+            L2Entry(copiedClusterAt: (run.first &+ UInt64(index)) &<< bits)
+        }
+        return part.count
+    }
+
+    /// Writes whole clusters `run`: `bytes` for guest offset `guest`, and around them what the
+    /// disk reads there now.
+    private func writeClusters(
+        _ bytes: UnsafeRawBufferPointer, at guest: UInt64, to run: ClusterRun, _ writing: Writing
+    ) throws(ImageError) {
+        let file = layers.pointee.file
+        let host = run.first &<< map.clusterBits
+        let start = guest & ~map.clusterMask
+        let head = Int(guest &- start)
+        let tail = Int(run.count &<< map.clusterBits) - head - bytes.count
+        if head + tail == 0 { return try file.write(bytes, at: host) }
+        let end = guest &+ UInt64(bytes.count)
+        if file.isUntouched(from: host), try readsZeroAround(start, guest, end, UInt64(tail)) {
+            return try file.write(bytes, at: host &+ UInt64(head))
+        }
+        try writing.scratch.withBuffer { scratch throws(ImageError) in
+            if head + bytes.count + tail <= scratch.count {
+                let whole = UnsafeMutableRawBufferPointer(rebasing: scratch[..<(head + bytes.count + tail)])
+                try readForCopy(into: UnsafeMutableRawBufferPointer(rebasing: whole[..<head]), at: start)
+                UnsafeMutableRawBufferPointer(rebasing: whole[head..<head + bytes.count])
+                    .copyMemory(from: bytes)
+                try readForCopy(
+                    into: UnsafeMutableRawBufferPointer(rebasing: whole[(head + bytes.count)...]), at: end)
+                return try file.write(UnsafeRawBufferPointer(whole), at: host)
+            }
+            try copy(start, count: head, to: host, through: scratch)
+            try file.write(bytes, at: host &+ UInt64(head))
+            try copy(end, count: tail, to: host &+ UInt64(head + bytes.count), through: scratch)
+        }
+    }
+
+    /// Copies guest bytes, as they read now, to host bytes, piece by piece.
+    private func copy(
+        _ guest: UInt64, count: Int, to host: UInt64, through scratch: UnsafeMutableRawBufferPointer
+    ) throws(ImageError) {
+        var done = 0
+        while done < count {
+            let part = UnsafeMutableRawBufferPointer(rebasing: scratch[..<min(count - done, scratch.count)])
+            try readForCopy(into: part, at: guest &+ UInt64(done))
+            try layers.pointee.file.write(UnsafeRawBufferPointer(part), at: host &+ UInt64(done))
+            done += part.count
+        }
+    }
+
+    /// Reads guest bytes under the caller's lock, with zeros past the end of the disk: what is
+    /// stored there has no meaning.
+    private func readForCopy(
+        into buffer: UnsafeMutableRawBufferPointer, at guest: UInt64
+    ) throws(ImageError) {
+        let inside = Int(min(UInt64(buffer.count), size &- min(guest, size)))
+        try readLocked(into: UnsafeMutableRawBufferPointer(rebasing: buffer[..<inside]), at: guest)
+        UnsafeMutableRawBufferPointer(rebasing: buffer[inside...])
+            .initializeMemory(as: UInt8.self, repeating: 0)
+    }
+
+    /// Whether the clusters' bytes before `guest` and after `end` are zeros by metadata.
+    private func readsZeroAround(
+        _ start: UInt64, _ guest: UInt64, _ end: UInt64, _ tail: UInt64
+    ) throws(ImageError) -> Bool {
+        guard try isHole(start..<guest) else { return false }
+        return try isHole(min(end, size)..<min(end &+ tail, size))
+    }
+
+    /// Whether metadata alone proves that `range` reads as zeros; under the caller's lock.
+    func isHole(_ range: Range<UInt64>) throws(ImageError) -> Bool {
+        var offset = range.lowerBound
+        while offset < range.upperBound {
+            let run = try holeOrDataLocked(at: offset, limit: range.upperBound &- offset)
+            guard run.isHole else { return false }
+            offset &+= run.byteCount
+        }
+        return true
+    }
+
+    // MARK: Clusters that are there and read as zeros
+
+    /// Writes the start of `bytes` into a cluster that is ours and reads as zeros, with zeros
+    /// around them, then drops the zero flag; returns how many bytes.
+    private func writeOverZeroes(
+        _ bytes: UnsafeRawBufferPointer, at guest: UInt64, _ extent: Extent, _ writing: Writing
+    ) throws(ImageError) -> Int {
+        try makeTableWritable(at: guest, writing)
+        let head = guest & map.clusterMask
+        let count = min(UInt64(bytes.count), map.clusterMask &+ 1 &- head)
+        let host = extent.host &- head
+        let file = layers.pointee.file
+        try checkTarget(host, map.clusterMask &+ 1, at: guest, writing)
+        try writeZeroes(host..<host &+ head)
+        try file.write(UnsafeRawBufferPointer(rebasing: bytes[..<Int(count)]), at: extent.host)
+        try writeZeroes(extent.host &+ count..<host &+ map.clusterMask &+ 1)
+        try link(guest &>> map.clusterBits, count: 1, writing) { _, _ in L2Entry(copiedClusterAt: host) }
+        return Int(count)
+    }
+
+    /// Writes zeros to host bytes.
+    private func writeZeroes(_ host: Range<UInt64>) throws(ImageError) {
+        var offset = host.lowerBound
+        while offset < host.upperBound {
+            let count = min(host.upperBound &- offset, UInt64(ZeroArea.byteCount))
+            try layers.pointee.file.write(
+                UnsafeRawBufferPointer(start: zeroes, count: Int(count)), at: offset)
+            offset &+= count
+        }
+    }
+}

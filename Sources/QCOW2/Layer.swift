@@ -1,0 +1,109 @@
+/// One file of a backing chain: a qcow2 image with its map, or a raw disk.
+///
+/// Layers live at fixed addresses for as long as the image is open, so that a request goes through
+/// them without counting references.
+struct Layer: ~Copyable {
+    let file: HostFile
+    /// nil for a raw disk.
+    let map: ClusterMap?
+    let header: Header?
+    /// Bytes of the layer's virtual disk at open.  The top layer's may change: ask the image.
+    let size: UInt64
+    /// 0 is the top layer.
+    let number: Int
+    /// A mapping of the file for replies, and how many of its bytes are there for sure.
+    let mappedBytes: UnsafeRawBufferPointer?
+    private let decompressor: Decompressor?
+
+    init(qcow2 header: Header, in file: HostFile, number: Int, cacheByteCount: Int) throws(ImageError) {
+        self.file = file
+        self.header = header
+        self.number = number
+        map = try ClusterMap(header, in: file, cacheByteCount: cacheByteCount)
+        size = header.virtualByteCount
+        mappedBytes = file.device.mappedBytes
+        decompressor = Decompressor(header.compressionType == .zstd ? .zstd : .deflate)
+    }
+
+    init(raw file: HostFile, number: Int) {
+        self.file = file
+        self.number = number
+        header = nil
+        map = nil
+        size = file.writtenEnd
+        mappedBytes = file.device.mappedBytes
+        decompressor = nil
+    }
+
+    /// The run from guest offset `guest` on, at most `limit` bytes, that has one source here.
+    @inline(__always)
+    borrowing func extent(at guest: UInt64, limit: UInt64) throws(ImageError) -> Extent {
+        guard let map else { return Extent(.data, host: guest, byteCount: limit) }
+        return try map.extent(at: guest, limit: limit)
+    }
+
+    /// The address of host bytes for a reply, nil where they are not mapped, or end before
+    /// `byteCount`.
+    @inline(__always)
+    borrowing func address(of host: UInt64, byteCount: UInt64) -> UnsafeRawPointer? {
+        guard let base = mappedBytes?.baseAddress, let room = mappedBytes?.count,
+            host &+ byteCount <= min(file.writtenEnd, UInt64(room))
+        else { return nil }
+        return base + Int(truncatingIfNeeded: host)
+    }
+
+    /// Inflates the cluster that `entry`, found for guest offset `guest`, describes, and copies
+    /// its bytes from `offset` on into `target`.
+    borrowing func readCompressed(
+        _ entry: L2Entry, at guest: UInt64, from offset: Int,
+        into target: UnsafeMutableRawBufferPointer, through cache: borrowing DecompressedCache
+    ) throws(ImageError) {
+        guard let header else { return }
+        let descriptor = CompressedDescriptor(entry, clusterBits: header.clusterBits)
+        guard descriptor.offset < Limits.hostOffset else {
+            throw fault(Extent(.corrupt, host: entry.bits, byteCount: 0), at: guest)
+        }
+        let key = DecompressedCache.Key(
+            layer: number, hostOffset: descriptor.offset, byteCount: descriptor.byteCount)
+        try cache.copy(
+            key, clusterByteCount: Int(header.clusterByteCount), from: offset, into: target
+        ) { cluster throws(ImageError) in
+            try inflate(descriptor, at: guest, into: cluster)
+        }
+    }
+
+    private borrowing func inflate(
+        _ descriptor: CompressedDescriptor, at guest: UInt64,
+        into cluster: UnsafeMutableRawBufferPointer
+    ) throws(ImageError) {
+        let file = file
+        try decompressor?.withStreamBuffer(byteCount: descriptor.byteCount) { stream throws(ImageError) in
+            try file.read(into: stream, at: descriptor.offset)
+            do throws(DecompressionError) {
+                try decompressor?.decompress(UnsafeRawBufferPointer(stream), into: cluster)
+            } catch {
+                throw file.corrupt(
+                    "compressed cluster at guest offset 0x\(String(guest, radix: 16)) "
+                        + "(host offset 0x\(String(descriptor.offset, radix: 16))): \(error)")
+            }
+        }
+    }
+
+    /// What is wrong with a `.corrupt` extent.
+    borrowing func fault(_ extent: Extent, at guest: UInt64) -> ImageError {
+        let place = "guest offset 0x\(String(guest, radix: 16))"
+        guard let map, let header else { return file.corrupt("\(place) cannot be read") }
+        let l1Index = Int(truncatingIfNeeded: guest &>> map.coverageBits)
+        if l1Index < map.l1EntryCount, map.l1Entry(l1Index).bits == extent.host,
+            extent.host & L1Entry.offsetMask & (header.clusterByteCount &- 1) != 0
+        {
+            return file.corrupt(
+                "\(place): the L2 table at 0x\(String(extent.host & L1Entry.offsetMask, radix: 16)) "
+                    + "is not aligned to the cluster size (\(header.clusterByteCount))")
+        }
+        let entry = L2Entry(bits: extent.host)
+        return file.corrupt(
+            "\(place): "
+                + entry.fault(clusterByteCount: header.clusterByteCount, version: header.version))
+    }
+}
