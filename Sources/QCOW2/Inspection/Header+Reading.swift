@@ -3,7 +3,7 @@ extension Header {
     /// version's abilities is not judged, except its version and compression type.
     /// - Throws: `.notQCOW2`, `.malformed`, `.unsupported`, `.system`.
     package static func read(from device: any BlockDevice) throws(ImageError) -> Header {
-        let start = try firstBytes(512, of: device)
+        let start = try read(512, at: 0, of: device)
         let needed = try judge(start, device) { bytes throws(FormatError) in
             // Version 1 is another format, in which no other field means the same.
             if let version = bytes.bigEndian(at: 4, as: UInt32.self),
@@ -13,23 +13,8 @@ extension Header {
             }
             return try neededByteCount(bytes)
         }
-        let cluster = try firstBytes(needed, of: device)
+        let cluster = try read(needed, at: 0, of: device)
         return try judge(cluster, device) { bytes throws(FormatError) in try parse(bytes) }
-    }
-
-    private static func firstBytes(
-        _ count: Int, of device: any BlockDevice
-    ) throws(ImageError) -> [UInt8] {
-        var bytes = [UInt8](repeating: 0, count: count)
-        do throws(SystemError) {
-            let found = try bytes.withMutableRawBytes { buffer throws(SystemError) in
-                try device.read(into: buffer, at: 0)
-            }
-            bytes.removeLast(count - found)
-            return bytes
-        } catch {
-            throw ImageError(.system(error, operation: "cannot read"), file: device.name)
-        }
     }
 
     private static func judge<Result>(

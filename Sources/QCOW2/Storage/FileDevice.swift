@@ -111,6 +111,13 @@ public final class FileDevice: BlockDevice {
         try Self.byteCount(of: descriptor, isBlockDevice: isBlockDevice)
     }
 
+    /// Bytes that the file takes on its disk.
+    package func allocatedByteCount() throws(SystemError) -> UInt64 {
+        var status = stat()
+        guard fstat(descriptor, &status) == 0 else { throw .last }
+        return UInt64(clamping: status.st_blocks) &* 512
+    }
+
     public func read(
         into buffer: UnsafeMutableRawBufferPointer, at offset: UInt64
     ) throws(SystemError) -> Int {
