@@ -41,14 +41,14 @@ enum InfoReport {
         let isVersion3 = header.version >= 3
         return .members([
             "compat": .string(isVersion3 ? "1.1" : "0.10"),
-            "data-file": header.dataFileName.map(JSON.string),
-            "data-file-raw": features.contains(.externalDataFile)
-                ? .boolean(header.autoclearFeatures.contains(.rawExternalData)) : nil,
             "compression-type": .string(header.compressionType == .zstd ? "zstd" : "zlib"),
             "lazy-refcounts": isVersion3
                 ? .boolean(header.compatibleFeatures.contains(.lazyRefcounts)) : nil,
             "bitmaps": bitmaps.isEmpty ? nil : .array(bitmaps.map(json)),
             "refcount-bits": .number(UInt64(header.refcountBits)),
+            "data-file": header.dataFileName.map(JSON.string),
+            "data-file-raw": features.contains(.externalDataFile)
+                ? .boolean(header.autoclearFeatures.contains(.rawExternalData)) : nil,
             "encrypt": header.isEncrypted
                 ? .object([("format", .string(header.encryptionName))]) : nil,
             "corrupt": isVersion3 ? .boolean(features.contains(.corrupt)) : nil,

@@ -1,0 +1,120 @@
+/// Something in an image that is not as it should be.
+public enum CheckFinding: Sendable, Equatable {
+    /// What a structure is part of.
+    public enum Owner: Sendable, Equatable {
+        case active
+        case snapshot(id: String, name: String)
+    }
+
+    // Structures
+    case snapshotIncomplete(id: String, name: String)
+    case snapshotTable(id: String, name: String, FormatError)
+    case l1EntryReserved(Owner, index: UInt64, entry: UInt64)
+    case l2TableMisaligned(Owner, index: UInt64, offset: UInt64)
+    case l2EntryReserved(entry: UInt64)
+    case compressedAndCopied(entry: UInt64)
+    case dataMisaligned(entry: UInt64)
+    case zeroMisaligned(entry: UInt64)
+    case bitmapDirectory(FormatError)
+    case bitmapTable(name: String, FormatError)
+    case bitmapEntryReserved(name: String, index: UInt64, entry: UInt64)
+    case pastTheEnd(offset: UInt64, byteCount: UInt64)
+    case countTooLarge(cluster: UInt64)
+
+    // Reference counts
+    case refcountTableEntryReserved(index: UInt64, entry: UInt64)
+    case refcountBlockMisaligned(index: UInt64, offset: UInt64)
+    case refcountBlockOutside(index: UInt64, offset: UInt64)
+    case refcountBlockShared(index: UInt64, count: UInt64)
+    case countTooLow(cluster: UInt64, stored: UInt64, found: UInt64)
+    case leak(cluster: UInt64, stored: UInt64, found: UInt64)
+
+    // The COPIED flag
+    case l2TableCopied(index: UInt64, entry: UInt64, stored: UInt64)
+    case clusterCopied(entry: UInt64, stored: UInt64)
+
+    // What could not be examined
+    case unreadableCount(cluster: UInt64, block: UInt64)
+
+    public enum Severity: Sendable {
+        /// Data is damaged, or writing may damage it.
+        case corruption
+        /// Space is lost, nothing else.
+        case leak
+        /// The check is incomplete.
+        case unchecked
+    }
+
+    public var severity: Severity {
+        switch self {
+        case .leak: .leak
+        case .unreadableCount: .unchecked
+        default: .corruption
+        }
+    }
+}
+
+extension CheckFinding: CustomStringConvertible {
+    public var description: String {
+        switch self {
+        case .snapshotIncomplete(let id, let name):
+            "snapshot \(id) ('\(name)') lacks its disk size"
+        case .snapshotTable(let id, let name, let error): "snapshot \(id) ('\(name)'): \(error)"
+        case .l1EntryReserved(let owner, let index, let entry):
+            "L1 entry \(index)\(owner) has reserved bits set (\(hex(entry)))"
+        case .l2TableMisaligned(let owner, let index, let offset):
+            "L1 entry \(index)\(owner) points inside a cluster (\(hex(offset)))"
+        case .l2EntryReserved(let entry): "L2 entry \(hex(entry)) has reserved bits set"
+        case .compressedAndCopied(let entry):
+            "L2 entry \(hex(entry)) is compressed and marked COPIED"
+        case .dataMisaligned(let entry): "L2 entry \(hex(entry)) points inside a cluster"
+        case .zeroMisaligned(let entry):
+            "L2 entry \(hex(entry)) reads as zeros and points inside a cluster"
+        case .bitmapDirectory(let error): "bitmap directory: \(error)"
+        case .bitmapTable(let name, let error): "bitmap '\(name)': \(error)"
+        case .bitmapEntryReserved(let name, let index, let entry):
+            "bitmap '\(name)': table entry \(index) makes no sense (\(hex(entry)))"
+        case .pastTheEnd(let offset, let byteCount):
+            "\(byteCount) bytes at \(hex(offset)) are referenced, past the end of the file"
+        case .countTooLarge(let cluster):
+            "cluster \(cluster) has more references than a refcount can say"
+        default: countDescription
+        }
+    }
+
+    private var countDescription: String {
+        switch self {
+        case .refcountTableEntryReserved(let index, let entry):
+            "refcount table entry \(index) has reserved bits set (\(hex(entry)))"
+        case .refcountBlockMisaligned(let index, let offset):
+            "refcount block \(index) is not aligned to a cluster (\(hex(offset)))"
+        case .refcountBlockOutside(let index, let offset):
+            "refcount block \(index) lies outside of the file (\(hex(offset)))"
+        case .refcountBlockShared(let index, let count):
+            "refcount block \(index) is referenced \(count) times"
+        case .countTooLow(let cluster, let stored, let found):
+            "cluster \(cluster): refcount \(stored), referenced \(found) times"
+        case .leak(let cluster, let stored, let found):
+            "cluster \(cluster): refcount \(stored), referenced \(found) times (leaked)"
+        case .l2TableCopied(let index, let entry, let stored):
+            "L1 entry \(index) (\(hex(entry))): the COPIED flag is wrong for refcount \(stored)"
+        case .clusterCopied(let entry, let stored):
+            "L2 entry \(hex(entry)): the COPIED flag is wrong for refcount \(stored)"
+        case .unreadableCount(let cluster, let block):
+            "cluster \(cluster): its refcount cannot be read (refcount block \(block))"
+        default: ""
+        }
+    }
+
+    private func hex(_ number: UInt64) -> String { "0x" + String(number, radix: 16) }
+}
+
+extension CheckFinding.Owner: CustomStringConvertible {
+    /// Follows a structure's name in a sentence.
+    public var description: String {
+        switch self {
+        case .active: ""
+        case .snapshot(let id, let name): " of snapshot \(id) ('\(name)')"
+        }
+    }
+}

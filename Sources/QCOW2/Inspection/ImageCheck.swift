@@ -1,0 +1,163 @@
+/// What checking an image's metadata found out.
+public struct ImageCheck: Sendable, Equatable {
+    /// Findings which mean that data is damaged or may become so.
+    public var corruptionCount: UInt64 = 0
+    /// Clusters that nothing uses and nothing can use.
+    public var leakCount: UInt64 = 0
+    /// Things that could not be checked.
+    public var errorCount: UInt64 = 0
+
+    /// Clusters of the virtual disk, and how many of them have host clusters, do not follow their
+    /// predecessor, or are compressed.
+    public var totalClusterCount: UInt64 = 0
+    public var allocatedClusterCount: UInt64 = 0
+    public var fragmentedClusterCount: UInt64 = 0
+    public var compressedClusterCount: UInt64 = 0
+    /// The end of the last host cluster in use, in bytes.
+    public var imageEndOffset: UInt64 = 0
+
+    /// Checks the image at `path`, and changes nothing.
+    ///
+    /// - Parameter report: Gets each finding as it is met.
+    /// - Throws: What opening throws, and `.system` or `.malformed` where the walk cannot go on.
+    public init(
+        path: String, locking: OpenOptions.Locking = .required,
+        report: @escaping (CheckFinding) -> Void = { _ in }
+    ) throws(ImageError) {
+        let device = try FileDevice(path: path, access: .readOnly, mapsBytes: false)
+        defer { device.close() }
+        try ImageLock.take(locking == .required ? .reader : .forceShare, on: device)
+        try self.init(device, report: report)
+    }
+
+    /// Checks the image on a device.
+    public init(
+        _ device: any BlockDevice, report: @escaping (CheckFinding) -> Void = { _ in }
+    ) throws(ImageError) {
+        let header = try Header.read(from: device)
+        try Self.refuseUnsupported(header, file: device.name)
+        let tally = Tally(report: report)
+        var walk = try ReferenceWalk(device, header: header, report: tally.add)
+        try walk.run()
+        var stored = try StoredRefcounts(device, header: header)
+        let highest = try Self.compare(walk, &stored, tally)
+        try Self.checkCopiedFlags(walk, &stored, tally)
+
+        corruptionCount = tally.corruptions
+        leakCount = tally.leaks
+        errorCount = tally.unchecked
+        let cluster = header.clusterByteCount
+        totalClusterCount = header.virtualByteCount / cluster
+            + (header.virtualByteCount % cluster == 0 ? 0 : 1)
+        allocatedClusterCount = walk.figures.allocated
+        fragmentedClusterCount = walk.figures.fragmented
+        compressedClusterCount = walk.figures.compressed
+        imageEndOffset = (highest &+ 1) &* cluster
+    }
+
+    private static func refuseUnsupported(_ header: Header, file: String) throws(ImageError) {
+        let unknown = header.unknownIncompatibleFeatures
+        let features = header.incompatibleFeatures
+        let feature: Feature? =
+            if !unknown.names.isEmpty || unknown.bits != 0 {
+                .unknownIncompatible(names: unknown.names, bits: unknown.bits)
+            } else if features.contains(.extendedL2) {
+                .extendedL2
+            } else if features.contains(.externalDataFile) {
+                .externalDataFile
+            } else if header.encryptionMethod != 0 {
+                .encryption(method: header.encryptionMethod)
+            } else {
+                nil
+            }
+        if let feature { throw ImageError(.unsupported(feature), file: file) }
+    }
+
+    // MARK: Judging the counts
+
+    /// Compares stored with computed counts, and returns the highest cluster that has either.
+    private static func compare(
+        _ walk: ReferenceWalk, _ stored: inout StoredRefcounts, _ tally: Tally
+    ) throws(ImageError) -> UInt64 {
+        // What lies past the end of the file and is not referenced does not matter.
+        let cluster = walk.header.clusterByteCount
+        var end = walk.fileByteCount / cluster + (walk.fileByteCount % cluster == 0 ? 0 : 1)
+        end = max(end, (walk.counts.highestCluster ?? 0) + 1)
+        var highest: UInt64 = 0
+        for range in merged(walk.counts.touchedRanges, stored.coveredRanges) {
+            for cluster in range.clamped(to: 0..<end) {
+                let found = walk.counts.count(of: cluster)
+                guard let count = try stored.count(of: cluster) else {
+                    if found > 0 { highest = cluster }
+                    tally.add(
+                        .unreadableCount(cluster: cluster, block: stored.blockIndex(of: cluster)))
+                    continue
+                }
+                if count > 0 || found > 0 { highest = cluster }
+                if count > found {
+                    tally.add(.leak(cluster: cluster, stored: count, found: found))
+                } else if count < found {
+                    tally.add(.countTooLow(cluster: cluster, stored: count, found: found))
+                }
+            }
+        }
+        return highest
+    }
+
+    /// The union of two ascending lists of ranges, ascending and without overlap.
+    private static func merged(
+        _ first: [Range<UInt64>], _ second: [Range<UInt64>]
+    ) -> [Range<UInt64>] {
+        var merged: [Range<UInt64>] = []
+        for range in (first + second).sorted(by: { $0.lowerBound < $1.lowerBound }) {
+            if let last = merged.last, range.lowerBound <= last.upperBound {
+                merged[merged.count - 1] =
+                    last.lowerBound..<max(last.upperBound, range.upperBound)
+            } else {
+                merged.append(range)
+            }
+        }
+        return merged
+    }
+
+    /// COPIED says that the stored count is 1: both ways, and only in the active tables.
+    private static func checkCopiedFlags(
+        _ walk: ReferenceWalk, _ stored: inout StoredRefcounts, _ tally: Tally
+    ) throws(ImageError) {
+        let bits = UInt64(walk.header.clusterBits)
+        for (index, entry) in try walk.activeL1Entries() {
+            guard entry.offset != 0, let count = try stored.count(of: entry.offset >> bits) else {
+                continue
+            }
+            if (count == 1) != entry.isCopied {
+                tally.add(.l2TableCopied(index: index, entry: entry.bits, stored: count))
+            }
+            for entry in try walk.l2Entries(at: entry.offset)
+            where !entry.isCompressed && entry.offset != 0 {
+                guard let count = try stored.count(of: entry.offset >> bits) else { continue }
+                if (count == 1) != entry.isCopied {
+                    tally.add(.clusterCopied(entry: entry.bits, stored: count))
+                }
+            }
+        }
+    }
+}
+
+/// Counts findings by their weight while they are passed on.
+private final class Tally {
+    private(set) var corruptions: UInt64 = 0
+    private(set) var leaks: UInt64 = 0
+    private(set) var unchecked: UInt64 = 0
+    private let report: (CheckFinding) -> Void
+
+    init(report: @escaping (CheckFinding) -> Void) { self.report = report }
+
+    func add(_ finding: CheckFinding) {
+        switch finding.severity {
+        case .corruption: corruptions += 1
+        case .leak: leaks += 1
+        case .unchecked: unchecked += 1
+        }
+        report(finding)
+    }
+}

@@ -1,0 +1,263 @@
+/// Counts every reference to a host cluster that can be reached from an image's header.
+///
+/// It only reads and counts.  What it meets on its way is told to `report`; what the counts mean is
+/// for `ImageCheck` and for repair to judge.
+package struct ReferenceWalk {
+    /// What the active tables say of the guest's clusters.
+    package struct Figures: Equatable, Sendable {
+        package var allocated: UInt64 = 0
+        /// Allocated clusters that do not lie behind their predecessor; all compressed ones.
+        package var fragmented: UInt64 = 0
+        package var compressed: UInt64 = 0
+    }
+
+    package private(set) var counts = ReferenceCounts()
+    package private(set) var figures = Figures()
+
+    let device: any BlockDevice
+    let header: Header
+    /// Bytes of the file.
+    let fileByteCount: UInt64
+    let report: (CheckFinding) -> Void
+    private let clusterByteCount: UInt64
+    private let maximum: UInt64
+
+    /// - Parameter header: The header of the image on `device`; it has standard L2 entries, no
+    ///   external data file and no encryption.
+    package init(
+        _ device: any BlockDevice, header: Header, report: @escaping (CheckFinding) -> Void
+    ) throws(ImageError) {
+        self.device = device
+        self.header = header
+        self.report = report
+        clusterByteCount = header.clusterByteCount
+        maximum = RefcountFormat(order: header.refcountOrder).maximum
+        do throws(SystemError) {
+            fileByteCount = try device.byteCount()
+        } catch {
+            throw ImageError(.system(error, operation: "cannot find the length"), file: device.name)
+        }
+    }
+
+    /// Counts everything.
+    /// - Throws: `.system` where the file cannot be read, `.malformed` where the snapshot table
+    ///   makes no sense, so that the counts would be wrong.
+    package mutating func run() throws(ImageError) {
+        count(0, clusterByteCount)
+        try countTree(.active, at: header.l1Offset, entryCount: UInt64(header.l1EntryCount))
+        try countSnapshots()
+        count(
+            header.refcountTableOffset,
+            UInt64(header.refcountTableClusterCount) &* clusterByteCount)
+        try countBitmaps()
+        try countRefcountBlocks()
+    }
+
+    /// Adds a reference to every cluster of a region.
+    private mutating func count(_ offset: UInt64, _ byteCount: UInt64) {
+        guard byteCount > 0 else { return }
+        let end = offset.addingReportingOverflow(byteCount)
+        // The last cluster may be cut short, but no region may begin to lie past it.
+        guard !end.overflow,
+            end.partialValue < fileByteCount || end.partialValue - fileByteCount < clusterByteCount
+        else { return report(.pastTheEnd(offset: offset, byteCount: byteCount)) }
+        let bits = UInt64(header.clusterBits)
+        for cluster in offset >> bits...(end.partialValue - 1) >> bits
+        where !counts.add(cluster, maximum: maximum) {
+            report(.countTooLarge(cluster: cluster))
+        }
+    }
+
+    // MARK: Tables
+
+    /// Reads `entryCount` big-endian entries and calls `body` with each that is not zero.
+    private func forEachEntry(
+        at offset: UInt64, entryCount: UInt64,
+        _ body: (_ index: UInt64, _ entry: UInt64) throws(ImageError) -> Void
+    ) throws(ImageError) {
+        var buffer = [UInt8](repeating: 0, count: Int(min(entryCount, 8192)) * 8)
+        var done: UInt64 = 0
+        while done < entryCount {
+            let count = min(entryCount - done, 8192)
+            // Offsets of tables have 56 bits and their lengths 25, so this cannot overflow.
+            try readPadded(&buffer, count: Int(count) * 8, at: offset &+ done &* 8)
+            try buffer.withRawBytes { bytes throws(ImageError) in
+                for index in 0..<count {
+                    let entry = bytes.bigEndian(at: Int(index) &* 8, as: UInt64.self) ?? 0
+                    if entry != 0 { try body(done + index, entry) }
+                }
+            }
+            done += count
+        }
+    }
+
+    private func readPadded(
+        _ buffer: inout [UInt8], count: Int, at offset: UInt64
+    ) throws(ImageError) {
+        do throws(SystemError) {
+            try buffer.withMutableRawBytes { buffer throws(SystemError) in
+                try device.readPadded(
+                    into: UnsafeMutableRawBufferPointer(rebasing: buffer[..<count]), at: offset)
+            }
+        } catch {
+            throw ImageError(
+                .system(error, operation: "cannot read at offset \(offset)"), file: device.name)
+        }
+    }
+
+    private mutating func countTree(
+        _ owner: CheckFinding.Owner, at offset: UInt64, entryCount: UInt64
+    ) throws(ImageError) {
+        count(offset, entryCount &* 8)
+        var tables: [UInt64] = []
+        try forEachEntry(at: offset, entryCount: entryCount) { index, bits in
+            let entry = L1Entry(bits: bits)
+            if entry.reservedBits != 0 {
+                report(.l1EntryReserved(owner, index: index, entry: bits))
+            }
+            if entry.offset & (clusterByteCount &- 1) != 0 {
+                report(.l2TableMisaligned(owner, index: index, offset: entry.offset))
+            }
+            tables.append(entry.offset)
+        }
+        for table in tables {
+            count(table, clusterByteCount)
+            try countTable(at: table, isActive: owner == .active)
+        }
+    }
+
+    private mutating func countTable(at offset: UInt64, isActive: Bool) throws(ImageError) {
+        var expected: UInt64?
+        for entry in try l2Entries(at: offset) {
+            count(entry, isActive: isActive, expected: &expected)
+        }
+    }
+
+    /// - Parameter expected: Where the next data cluster of the table lies, if it is contiguous.
+    private mutating func count(_ entry: L2Entry, isActive: Bool, expected: inout UInt64?) {
+        if entry.isCompressed { return countCompressed(entry, isActive: isActive) }
+        if entry.reservedBits != 0 { report(.l2EntryReserved(entry: entry.bits)) }
+        guard entry.offset != 0 else { return }
+        if entry.offset & (clusterByteCount &- 1) != 0 {
+            report(
+                entry.hasZeroFlag
+                    ? .zeroMisaligned(entry: entry.bits) : .dataMisaligned(entry: entry.bits))
+        }
+        if isActive {
+            figures.allocated += 1
+            if let expected, expected != entry.offset { figures.fragmented += 1 }
+            expected = entry.offset &+ clusterByteCount
+        }
+        count(entry.offset, clusterByteCount)
+    }
+
+    private mutating func countCompressed(_ entry: L2Entry, isActive: Bool) {
+        if entry.isCopied { report(.compressedAndCopied(entry: entry.bits)) }
+        let stream = CompressedDescriptor(entry, clusterBits: header.clusterBits)
+        count(stream.offset, UInt64(stream.byteCount))
+        guard isActive else { return }
+        figures.allocated += 1
+        figures.fragmented += 1
+        figures.compressed += 1
+    }
+
+    /// The entries of the active L1 table that are not zero, with their places in it.
+    func activeL1Entries() throws(ImageError) -> [(index: UInt64, entry: L1Entry)] {
+        var entries: [(UInt64, L1Entry)] = []
+        try forEachEntry(at: header.l1Offset, entryCount: UInt64(header.l1EntryCount)) {
+            entries.append(($0, L1Entry(bits: $1)))
+        }
+        return entries
+    }
+
+    /// The entries of an L2 table that are not zero.
+    func l2Entries(at offset: UInt64) throws(ImageError) -> [L2Entry] {
+        var entries: [L2Entry] = []
+        try forEachEntry(at: offset, entryCount: clusterByteCount / 8) {
+            entries.append(L2Entry(bits: $1))
+        }
+        return entries
+    }
+
+    // MARK: Snapshots and bitmaps
+
+    private mutating func countSnapshots() throws(ImageError) {
+        let (snapshots, byteCount) = try header.readSnapshots(from: device)
+        for snapshot in snapshots {
+            let (id, name) = (snapshot.id, snapshot.name)
+            if header.version >= 3 && snapshot.extraData.count < 16 {
+                report(.snapshotIncomplete(id: id, name: name))
+            }
+            do throws(FormatError) {
+                try snapshot.check(clusterByteCount: clusterByteCount)
+            } catch {
+                report(.snapshotTable(id: id, name: name, error))
+                continue
+            }
+            try countTree(
+                .snapshot(id: id, name: name), at: snapshot.l1Offset,
+                entryCount: UInt64(snapshot.l1EntryCount))
+        }
+        count(header.snapshotsOffset, UInt64(byteCount))
+    }
+
+    private mutating func countBitmaps() throws(ImageError) {
+        guard header.autoclearFeatures.contains(.bitmaps), let directory = header.bitmaps else {
+            return
+        }
+        count(directory.directoryOffset, directory.directoryByteCount)
+        let bitmaps: [BitmapEntry]
+        do throws(ImageError) {
+            bitmaps = try header.readBitmaps(from: device)
+        } catch {
+            guard case .malformed(let reason) = error.kind else { throw error }
+            return report(.bitmapDirectory(reason))
+        }
+        for bitmap in bitmaps { try count(bitmap) }
+    }
+
+    private mutating func count(_ bitmap: BitmapEntry) throws(ImageError) {
+        let entryCount = UInt64(bitmap.tableEntryCount)
+        count(bitmap.tableOffset, entryCount &* 8)
+        var clusters: [UInt64] = []
+        try forEachEntry(at: bitmap.tableOffset, entryCount: entryCount) { index, entry in
+            // 1 stands for a cluster of ones that is stored nowhere.
+            if entry == 1 { return }
+            let offset = L1Entry(bits: entry).offset
+            guard offset == entry, offset & (clusterByteCount &- 1) == 0 else {
+                return report(.bitmapEntryReserved(name: bitmap.name, index: index, entry: entry))
+            }
+            clusters.append(offset)
+        }
+        for cluster in clusters { count(cluster, clusterByteCount) }
+    }
+
+    // MARK: Refcount blocks
+
+    private mutating func countRefcountBlocks() throws(ImageError) {
+        let clusterBits = UInt64(header.clusterBits)
+        let clusterCount = fileByteCount >> clusterBits
+            + (fileByteCount & (clusterByteCount - 1) == 0 ? 0 : 1)
+        var blocks: [(index: UInt64, offset: UInt64)] = []
+        let entryCount = UInt64(header.refcountTableClusterCount) &* (clusterByteCount / 8)
+        try forEachEntry(at: header.refcountTableOffset, entryCount: entryCount) { index, bits in
+            let entry = RefcountTableEntry(bits: bits)
+            if entry.reservedBits != 0 {
+                report(.refcountTableEntryReserved(index: index, entry: bits))
+            } else if entry.offset & (clusterByteCount &- 1) != 0 {
+                report(.refcountBlockMisaligned(index: index, offset: entry.offset))
+            } else if entry.offset >> clusterBits >= clusterCount {
+                report(.refcountBlockOutside(index: index, offset: entry.offset))
+            } else {
+                blocks.append((index, entry.offset))
+            }
+        }
+        for block in blocks {
+            count(block.offset, clusterByteCount)
+            let references = counts.count(of: block.offset >> clusterBits)
+            if references != 1 {
+                report(.refcountBlockShared(index: block.index, count: references))
+            }
+        }
+    }
+}

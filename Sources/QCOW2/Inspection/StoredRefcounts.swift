@@ -1,0 +1,68 @@
+/// The reference counts that an image's refcount blocks say.
+struct StoredRefcounts {
+    /// Bytes of blocks kept in memory.
+    private static let cacheByteCount = 16 << 20
+
+    private let device: any BlockDevice
+    private let format: RefcountFormat
+    private let clusterBits: UInt64
+    private let table: [UInt8]
+    /// Clusters that a block counts, as a power of two.
+    private let blockBits: UInt64
+    private var blocks: [UInt64: [UInt8]] = [:]
+
+    init(_ device: any BlockDevice, header: Header) throws(ImageError) {
+        self.device = device
+        format = RefcountFormat(order: header.refcountOrder)
+        clusterBits = UInt64(header.clusterBits)
+        blockBits = clusterBits + 3 - UInt64(header.refcountOrder)
+        let byteCount = UInt64(header.refcountTableClusterCount) &* header.clusterByteCount
+        table = try Header.read(Int(byteCount), at: header.refcountTableOffset, of: device)
+    }
+
+    /// Clusters counted by the blocks that exist, ascending; no cluster outside has a count.
+    var coveredRanges: [Range<UInt64>] {
+        (0..<UInt64(table.count / 8)).compactMap { index in
+            guard blockOffset(index) != 0 else { return nil }
+            return index << blockBits..<(index + 1) << blockBits
+        }
+    }
+
+    /// The block that counts `cluster`.
+    func blockIndex(of cluster: UInt64) -> UInt64 { cluster >> blockBits }
+
+    /// The count of a cluster, nil where its block does not lie at a cluster's start.
+    mutating func count(of cluster: UInt64) throws(ImageError) -> UInt64? {
+        let index = cluster >> blockBits
+        let offset = blockOffset(index)
+        if offset == 0 { return 0 }
+        guard offset & (1 << clusterBits - 1) == 0 else { return nil }
+        let inBlock = Int(cluster & (1 << blockBits - 1))
+        if let block = blocks[index] {
+            return block.withRawBytes { format.count(at: inBlock, in: $0) }
+        }
+        let block = try read(offset)
+        if blocks.count >= max(1, Self.cacheByteCount >> Int(clusterBits)) { blocks.removeAll() }
+        blocks[index] = block
+        return block.withRawBytes { format.count(at: inBlock, in: $0) }
+    }
+
+    private func blockOffset(_ index: UInt64) -> UInt64 {
+        guard let position = Int(exactly: index), position < table.count / 8 else { return 0 }
+        let bits = table.withRawBytes { $0.bigEndian(at: position * 8, as: UInt64.self) }
+        return RefcountTableEntry(bits: bits ?? 0).offset
+    }
+
+    private func read(_ offset: UInt64) throws(ImageError) -> [UInt8] {
+        var block = [UInt8](repeating: 0, count: 1 << Int(clusterBits))
+        do throws(SystemError) {
+            try block.withMutableRawBytes { buffer throws(SystemError) in
+                try device.readPadded(into: buffer, at: offset)
+            }
+            return block
+        } catch {
+            throw ImageError(
+                .system(error, operation: "cannot read at offset \(offset)"), file: device.name)
+        }
+    }
+}
