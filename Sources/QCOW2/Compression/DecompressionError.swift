@@ -14,7 +14,8 @@ package enum DecompressionError: Error, Equatable, Sendable, CustomStringConvert
     package var description: String {
         switch self {
         case .damaged: "the compressed data is damaged or cut short"
-        case .short(let byteCount): "the compressed data ends after \(byteCount) bytes of the cluster"
+        case .short(let byteCount):
+            "the compressed data ends after \(byteCount) bytes of the cluster"
         case .long: "the compressed data is longer than the cluster"
         case .windowTooLarge(let byteCount):
             "the compressed data wants a window of \(byteCount) bytes (134217728 are allowed)"

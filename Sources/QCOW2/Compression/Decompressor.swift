@@ -38,8 +38,8 @@ package struct Decompressor: ~Copyable, Sendable {
         }
     }
 
-    /// Calls `body` with a buffer of `byteCount` bytes to read a stream into; what it holds at first
-    /// is undefined.
+    /// Calls `body` with a buffer of `byteCount` bytes to read a stream into; what it holds at
+    /// first is undefined.
     package borrowing func withStreamBuffer<Result, Failure>(
         byteCount: Int, _ body: (UnsafeMutableRawBufferPointer) throws(Failure) -> Result
     ) throws(Failure) -> Result {
