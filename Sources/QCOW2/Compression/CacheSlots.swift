@@ -5,7 +5,7 @@ internal import Synchronization
 ///
 /// A slot is empty, exclusive (somebody is filling it) or whole.  Only a whole slot can be pinned,
 /// and only a whole slot without pins becomes exclusive, so whoever holds a pin may read the bytes.
-/// The mapping is zero pages until it is used: memory is taken as slots are filled.
+/// Memory is taken as slots are filled: `calloc` gives large areas as untouched zero pages.
 struct CacheSlots: ~Copyable, @unchecked Sendable {
     // `@unchecked`: the tables hold nothing but atomics, and a slot's bytes are written only while
     // it is exclusive and read only while it is pinned.
@@ -20,59 +20,32 @@ struct CacheSlots: ~Copyable, @unchecked Sendable {
     /// How many slots there are; 0 where the memory could not be had.
     let count: Int
     private let slotByteCount: Int
-    private let memory: UnsafeMutableRawBufferPointer
-    private let places: UnsafeMutablePointer<Atomic<UInt64>>
-    private let byteCounts: UnsafeMutablePointer<Atomic<UInt64>>
-    private let states: UnsafeMutablePointer<Atomic<UInt64>>
-    private let bytes: UnsafeMutableRawPointer
+    private let places: AtomicArray
+    private let byteCounts: AtomicArray
+    private let states: AtomicArray
+    private let slab: UnsafeMutableRawPointer?
 
     // A state: the pins in the low 32 bits, and these.
     private static var whole: UInt64 { 1 << 32 }
     private static var exclusive: UInt64 { 1 << 33 }
     private static var referenced: UInt64 { 1 << 34 }
 
-    init(count: Int, slotByteCount: Int) {
-        let table = (count * 8 + 4095) & ~4095
-        let (byteCount, overflow) = count.multipliedReportingOverflow(by: slotByteCount)
-        let address =
-            count == 0 || overflow
-            ? MAP_FAILED
-            : mmap(
-                nil, byteCount + 3 * table, PROT_READ | PROT_WRITE,
-                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
-        guard let address, address != MAP_FAILED else {
-            self.init(
-                count: 0, slotByteCount: slotByteCount, table: 0,
-                in: .allocate(byteCount: 8, alignment: 8))
-            return
-        }
-        self.init(
-            count: count, slotByteCount: slotByteCount, table: table,
-            in: UnsafeMutableRawBufferPointer(start: address, count: byteCount + 3 * table))
-    }
-
-    private init(
-        count: Int, slotByteCount: Int, table: Int, in memory: UnsafeMutableRawBufferPointer
-    ) {
-        self.count = count
+    init(count wanted: Int, slotByteCount: Int) {
+        slab = wanted == 0 ? nil : calloc(wanted, slotByteCount)
+        count = slab == nil ? 0 : wanted
         self.slotByteCount = slotByteCount
-        self.memory = memory
-        // The mapping's zeros are what `Atomic(0)` would write.  Without slots nobody looks.
-        let address = memory.baseAddress.unsafelyUnwrapped
-        places = address.assumingMemoryBound(to: Atomic<UInt64>.self)
-        byteCounts = (address + table).assumingMemoryBound(to: Atomic<UInt64>.self)
-        states = (address + 2 * table).assumingMemoryBound(to: Atomic<UInt64>.self)
-        bytes = address + 3 * table
+        places = AtomicArray(count: count)
+        byteCounts = AtomicArray(count: count)
+        states = AtomicArray(count: count)
     }
 
-    deinit {
-        if count == 0 { memory.deallocate() } else { munmap(memory.baseAddress, memory.count) }
-    }
+    deinit { free(slab) }
 
     /// The bytes of a slot, for whoever holds a pin or filled it.
     @inline(__always)
     borrowing func bytes(of slot: Int) -> UnsafeMutableRawBufferPointer {
-        UnsafeMutableRawBufferPointer(start: bytes + slot &* slotByteCount, count: slotByteCount)
+        UnsafeMutableRawBufferPointer(
+            start: slab.map { $0 + slot &* slotByteCount }, count: slotByteCount)
     }
 
     @inline(__always)
@@ -116,11 +89,6 @@ struct CacheSlots: ~Copyable, @unchecked Sendable {
     @inline(__always)
     borrowing func unpin(_ slot: Int) {
         states[slot].wrappingSubtract(1, ordering: .releasing)
-    }
-
-    /// Whether somebody is filling `slot`.
-    borrowing func isExclusive(_ slot: Int) -> Bool {
-        states[slot].load(ordering: .relaxed) & Self.exclusive != 0
     }
 
     borrowing func isEmpty(_ slot: Int) -> Bool {

@@ -8,9 +8,7 @@ internal import Synchronization
 /// lets go.  A miss inflates with no lock held; who wants the same cluster meanwhile waits for it,
 /// everybody else goes on.  Slots are grouped in sets, a cluster may lie in any slot of its set,
 /// and within a set CLOCK decides who goes.
-package struct DecompressedCache: ~Copyable, @unchecked Sendable {
-    // `@unchecked`: `hands` is touched under `mutex` only.
-
+package struct DecompressedCache: ~Copyable, Sendable {
     /// One compressed stream of an image's chain.
     package struct Key: Equatable, Sendable {
         fileprivate let words: CacheSlots.Words
@@ -30,16 +28,11 @@ package struct DecompressedCache: ~Copyable, @unchecked Sendable {
     private let slots: CacheSlots
     private let setCount: Int
     private let slotsPerSet: Int
-    /// Where CLOCK goes on, a set each.
-    private let hands: UnsafeMutablePointer<Int>
     /// Whether any slot was ever filled; until then there is nothing to forget.
     private let isUsed = Atomic<Bool>(false)
-
-    /// Guards which slot is to hold which cluster.  Held for a search, never while a cluster is
-    /// inflated or copied.
-    private let mutex: UnsafeMutablePointer<pthread_mutex_t>
-    /// Signalled when a slot has been filled, or could not be.
-    private let filled: UnsafeMutablePointer<pthread_cond_t>
+    /// Guards which slot is to hold which cluster, and where CLOCK goes on, a set each.  Held for
+    /// a search, never while a cluster is inflated or copied; a change is a slot that was filled.
+    private let hands: Monitor<[Int]>
 
     /// - Parameters:
     ///   - byteCount: what the clusters may take, in bytes.  0 turns the cache off; anything else
@@ -51,20 +44,7 @@ package struct DecompressedCache: ~Copyable, @unchecked Sendable {
         slots = CacheSlots(count: wanted, slotByteCount: clusterByteCount)
         setCount = max(1, slots.count / 16)
         slotsPerSet = slots.count / setCount
-        hands = .allocate(capacity: setCount)
-        hands.initialize(repeating: 0, count: setCount)
-        mutex = .allocate(capacity: 1)
-        pthread_mutex_init(mutex, nil)
-        filled = .allocate(capacity: 1)
-        pthread_cond_init(filled, nil)
-    }
-
-    deinit {
-        pthread_cond_destroy(filled)
-        filled.deallocate()
-        pthread_mutex_destroy(mutex)
-        mutex.deallocate()
-        hands.deallocate()
+        hands = Monitor(Array(repeating: 0, count: setCount))
     }
 
     /// Copies decompressed bytes of one cluster to `target`, from `offset` in the cluster on.
@@ -95,18 +75,18 @@ package struct DecompressedCache: ~Copyable, @unchecked Sendable {
     package borrowing func forget(layer: Int, hostRange: Range<UInt64>) {
         guard isUsed.load(ordering: .relaxed), !hostRange.isEmpty else { return }
         let layerBits = UInt64(truncatingIfNeeded: layer) &<< 56
-        pthread_mutex_lock(mutex)
-        for slot in 0..<slots.count {
-            let words = slots.words(of: slot)
-            // The difference is the offset where the layer is ours, and huge where it is not.
-            let start = words.place ^ layerBits
-            // Offset and length are below 2^57: no overflow.
-            if start < hostRange.upperBound, start &+ words.byteCount > hostRange.lowerBound {
-                // A read or a fill under way goes on; nobody finds the slot any more.
-                slots.setWords(.none, of: slot)
+        hands.withLock { _ in
+            for slot in 0..<slots.count {
+                let words = slots.words(of: slot)
+                // The difference is the offset where the layer is ours, and huge where it is not.
+                let start = words.place ^ layerBits
+                // Offset and length are below 2^57: no overflow.
+                if start < hostRange.upperBound, start &+ words.byteCount > hostRange.lowerBound {
+                    // A read or a fill under way goes on; nobody finds the slot any more.
+                    slots.setWords(.none, of: slot)
+                }
             }
         }
-        pthread_mutex_unlock(mutex)
     }
 
     /// What to do about a cluster that is not in memory.
@@ -162,27 +142,27 @@ package struct DecompressedCache: ~Copyable, @unchecked Sendable {
 
     /// Finds or claims a slot, and waits while somebody else is filling one for `key`.
     private borrowing func slot(for key: Key) -> Answer {
-        pthread_mutex_lock(mutex)
-        defer { pthread_mutex_unlock(mutex) }
         let set = firstSlot(of: key)
         let candidates = set..<(set + slotsPerSet)
-        while let slot = candidates.first(where: { slots.holds(key.words, $0) }) {
-            if slots.pin(slot, holding: key.words) { return .pinned(slot) }
-            pthread_cond_wait(filled, mutex)
+        return hands.waitFor { hands in
+            if let slot = candidates.first(where: { slots.holds(key.words, $0) }) {
+                return slots.pin(slot, holding: key.words) ? .pinned(slot) : nil
+            }
+            guard let slot = victim(in: candidates, hand: &hands[set / slotsPerSet]) else {
+                return .full
+            }
+            slots.setWords(key.words, of: slot)
+            isUsed.store(true, ordering: .relaxed)
+            return .claimed(slot)
         }
-        guard let slot = victim(in: candidates) else { return .full }
-        slots.setWords(key.words, of: slot)
-        isUsed.store(true, ordering: .relaxed)
-        return .claimed(slot)
     }
 
     /// A slot of the set to use anew, made exclusive: an empty one, or the one CLOCK stops at.
-    private borrowing func victim(in candidates: Range<Int>) -> Int? {
+    private borrowing func victim(in candidates: Range<Int>, hand: inout Int) -> Int? {
         for slot in candidates where slots.isEmpty(slot) && slots.claim(slot) { return slot }
-        let hand = hands + candidates.lowerBound / slotsPerSet
         for _ in 0..<(2 * candidates.count) {
-            let slot = candidates.lowerBound + hand.pointee
-            hand.pointee = (hand.pointee + 1) % candidates.count
+            let slot = candidates.lowerBound + hand
+            hand = (hand + 1) % candidates.count
             if slots.claim(slot) { return slot }
         }
         return nil
@@ -190,10 +170,10 @@ package struct DecompressedCache: ~Copyable, @unchecked Sendable {
 
     /// Ends the filling of `slot` and wakes who waits for it; a whole one stays pinned once.
     private borrowing func finish(_ slot: Int, isWhole: Bool) {
-        pthread_mutex_lock(mutex)
-        if isWhole { slots.publish(slot) } else { slots.abandon(slot) }
-        pthread_cond_broadcast(filled)
-        pthread_mutex_unlock(mutex)
+        hands.withLock { _ in
+            if isWhole { slots.publish(slot) } else { slots.abandon(slot) }
+        }
+        hands.announceChange()
     }
 
     /// Where the set of `key` begins.
