@@ -60,7 +60,8 @@ struct CrashJudge {
             if isClosed && audit.leakCount > 0 {
                 return "I8: \(audit.leakCount) clusters leak after a clean close"
             }
-            return try activeFault(reader) ?? snapshotFault(reader)
+            if let fault = try activeFault(reader) { return fault }
+            return try snapshotFault(reader)
         } catch { return "I3: \(error)" }
     }
 

@@ -1,0 +1,72 @@
+import Glibc
+import TestSupport
+import Testing
+
+/// Runs the program under test.
+func qcowfs(_ words: String..., timeout: Double = 60) throws -> Command.Result {
+    try Command.run([TestEnvironment.program] + words, timeout: timeout)
+}
+
+/// Expects exit status 1 and exactly one line on stderr, `qcowfs: …`, with all of `words` in it.
+func expectRefusal(
+    _ result: Command.Result, naming words: String..., sourceLocation: SourceLocation = #_sourceLocation
+) {
+    let lines = result.errors.split(separator: "\n", omittingEmptySubsequences: false)
+    #expect(result.status == 1, "\(result)", sourceLocation: sourceLocation)
+    #expect(
+        lines.count == 2 && lines[1].isEmpty && lines[0].hasPrefix("qcowfs: "),
+        "\(result)", sourceLocation: sourceLocation)
+    #expect(result.output.isEmpty, "\(result)", sourceLocation: sourceLocation)
+    for word in words {
+        #expect(
+            result.errors.lowercased().contains(word.lowercased()),
+            "the message does not name \(word): \(result)", sourceLocation: sourceLocation)
+    }
+}
+
+/// Expects that mounting `image` is refused, and that nothing is left mounted.
+func expectMountRefused(
+    _ image: String, in folder: TemporaryDirectory, options: [String] = [],
+    naming words: [String], sourceLocation: SourceLocation = #_sourceLocation
+) throws {
+    let mountpoint = folder.file("refused")
+    mkdir(mountpoint, 0o755)
+    let result = try Command.run(
+        [TestEnvironment.program, "mount"] + options + [image, mountpoint], timeout: 30)
+    if result.status == 0 {
+        _ = try qcowfs("umount", mountpoint)
+        Issue.record("it was mounted", sourceLocation: sourceLocation)
+        return
+    }
+    expectRefusal(result, sourceLocation: sourceLocation)
+    for word in words {
+        #expect(
+            result.errors.lowercased().contains(word.lowercased()),
+            "the message does not name \(word): \(result)", sourceLocation: sourceLocation)
+    }
+    #expect(!TestMount.isMountpoint(mountpoint), sourceLocation: sourceLocation)
+}
+
+/// Waits until `condition` holds, at most `seconds`.
+func eventually(within seconds: Double = 10, _ condition: () throws -> Bool) rethrows -> Bool {
+    for _ in 0..<Int(seconds * 100) {
+        if try condition() { return true }
+        usleep(10_000)
+    }
+    return try condition()
+}
+
+/// A small image with a known beginning, made by QEMU.
+func makeImage(
+    _ path: String, size: Int = 8 * 1024 * 1024, options: [String] = [],
+    commands: [String] = ["write -q -P 0xA1 0 128k", "write -q -P 0xA2 1M 64k"]
+) throws {
+    try QemuImg.create(path, size: size, options: options)
+    if !commands.isEmpty { try QemuImg.io(path, commands) }
+}
+
+/// Whether every byte of `range` of `file` is `byte`.
+func holds(_ file: TestFile, _ range: Range<Int>, _ byte: UInt8) throws -> Bool {
+    let bytes = try file.read(range)
+    return bytes.count == range.count && bytes.allSatisfy { $0 == byte }
+}
