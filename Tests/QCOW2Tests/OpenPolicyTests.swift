@@ -5,11 +5,11 @@ import QCOW2
 
 @Suite("Which backing file an image may make us open")
 struct OpenPolicyTests {
-    let place: TemporaryDirectory
+    let place: FileTree
     let image: String
 
     init() throws {
-        place = try TemporaryDirectory()
+        place = try FileTree()
         _ = try place.directory("vm")
         _ = try place.directory("vm/sub")
         _ = try place.directory("elsewhere")

@@ -5,8 +5,8 @@ import QCOW2
 
 @Suite("Bytes at offsets: files and memory")
 struct StorageTests {
-    let place: TemporaryDirectory
-    init() throws { place = try TemporaryDirectory() }
+    let place: FileTree
+    init() throws { place = try FileTree() }
 
     /// The same random writes, holes and lengths on a device and on an array of bytes.
     func walk(_ device: any BlockDevice, seed: UInt64, steps: Int) throws {
@@ -163,10 +163,10 @@ struct Xorshift {
 
 @Suite("The byte locks QEMU honours")
 struct ImageLockTests {
-    let place: TemporaryDirectory
+    let place: FileTree
     let path: String
     init() throws {
-        place = try TemporaryDirectory()
+        place = try FileTree()
         path = try place.file("a.qcow2")
     }
 

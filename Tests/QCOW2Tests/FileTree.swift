@@ -2,7 +2,7 @@ import Glibc
 import Testing
 
 /// A directory tree of the test's own, removed at the end.
-final class TemporaryDirectory {
+final class FileTree {
     let path: String
 
     init() throws {

@@ -1,0 +1,120 @@
+import Glibc
+import TestSupport
+import Testing
+
+/// Locks between this program and QEMU, on the image and on its backing files.
+@Suite("Locks", .serialized, .enabledWhereMountable)
+struct LockTests {
+    private func chain() throws -> (folder: TemporaryDirectory, top: String, base: String) {
+        let folder = try TemporaryDirectory()
+        let base = folder.file("base.qcow2"), top = folder.file("top.qcow2")
+        try makeImage(base)
+        try QemuImg.create(top, backing: "base.qcow2")
+        return (folder, top, base)
+    }
+
+    private func qemu(_ path: String, flags: [String] = []) throws -> Int32 {
+        try Command.run(["qemu-io", "-f", "qcow2"] + flags + ["-c", "read -q 0 512", path]).status
+    }
+
+    /// Keeps qemu-io open on `path` while `body` runs.
+    private func whileQEMUHas(_ path: String, flags: [String] = [], _ body: () throws -> Void) throws {
+        var ends: [Int32] = [0, 0]
+        try #require(pipe2(&ends, O_CLOEXEC) == 0)
+        let holder = try Command.start(
+            ["qemu-io", "-f", "qcow2"] + flags + [path], input: "/proc/self/fd/\(ends[0])")
+        defer {
+            close(ends[0])
+            close(ends[1])
+        }
+        _ = "read -q 0 512\n".withCString { write(ends[1], $0, strlen($0)) }
+        #expect(eventually { self.isLocked(path) })
+        do { try body() } catch { Issue.record(error) }
+        _ = "quit\n".withCString { write(ends[1], $0, strlen($0)) }
+        _ = try holder.wait(timeout: 20)
+    }
+
+    /// Whether somebody holds one of the bytes that QEMU locks.
+    private func isLocked(_ path: String) -> Bool {
+        guard let file = try? TestFile(path, O_RDWR) else { return false }
+        var lock = flock()
+        lock.l_type = Int16(F_WRLCK)
+        lock.l_whence = Int16(SEEK_SET)
+        lock.l_start = 201
+        lock.l_len = 1
+        return fcntl(file.descriptor, F_OFD_GETLK, &lock) == 0 && lock.l_type != Int16(F_UNLCK)
+    }
+
+    @Test("QEMU refuses an image that is mounted read-write, and has it again after umount")
+    func keepsQEMUOut() throws {
+        let (folder, top, _) = try chain()
+        let mount = try TestMount(top, in: folder)
+        #expect(try qemu(top) != 0)
+        #expect(try qemu(top, flags: ["-r"]) != 0)
+        #expect(try Command.run(["qemu-img", "info", top]).status != 0)
+        #expect(try Command.run(["qemu-img", "snapshot", "-c", "no", top]).status != 0)
+        try mount.unmount()
+        #expect(try qemu(top) == 0)
+    }
+
+    @Test("QEMU may read the backing file of a mounted image, not write it")
+    func keepsWritersFromBacking() throws {
+        let (folder, top, base) = try chain()
+        let mount = try TestMount(top, in: folder)
+        #expect(try qemu(base) != 0)
+        #expect(try qemu(base, flags: ["-r"]) == 0)
+        try mount.unmount()
+        #expect(try qemu(base) == 0)
+    }
+
+    @Test("both may read at once")
+    func sharesReading() throws {
+        let (folder, top, _) = try chain()
+        let mount = try TestMount(top, in: folder, options: ["--read-only"])
+        #expect(try qemu(top, flags: ["-r"]) == 0)
+        #expect(try qemu(top) != 0)
+        try mount.unmount()
+        try whileQEMUHas(top, flags: ["-r"]) {
+            try TestMount(top, in: folder, options: ["--read-only"]).unmount()
+        }
+    }
+
+    @Test("a mount is refused, and names the holder, while QEMU has the image")
+    func isKeptOut() throws {
+        let (folder, top, _) = try chain()
+        try whileQEMUHas(top) {
+            try expectMountRefused(top, in: folder, naming: ["top.qcow2", "qemu-io"])
+            try expectMountRefused(
+                top, in: folder, options: ["--read-only"], naming: ["top.qcow2"])
+        }
+        try whileQEMUHas(top, flags: ["-r"]) {
+            try expectMountRefused(top, in: folder, naming: ["top.qcow2"])
+        }
+    }
+
+    @Test("a mount is refused while QEMU writes to its backing file")
+    func isKeptOutOfBacking() throws {
+        let (folder, top, base) = try chain()
+        try whileQEMUHas(base) {
+            try expectMountRefused(top, in: folder, naming: ["base.qcow2"])
+        }
+    }
+
+    @Test("--force-share reads while another program writes")
+    func forceShare() throws {
+        let (folder, top, _) = try chain()
+        try whileQEMUHas(top) {
+            let mount = try TestMount(top, in: folder, options: ["--force-share"])
+            #expect(try holds(mount.open(O_RDONLY), 0..<4096, 0xA1))
+            try mount.unmount()
+        }
+    }
+
+    @Test("a second mount of the same image is refused")
+    func mountsOnce() throws {
+        let (folder, top, _) = try chain()
+        let mount = try TestMount(top, in: folder)
+        try expectMountRefused(top, in: folder, naming: ["top.qcow2"])
+        try mount.unmount()
+    }
+}
