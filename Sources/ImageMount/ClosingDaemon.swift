@@ -1,0 +1,54 @@
+internal import Glibc
+internal import QCOW2
+
+/// A qcowfs whose mount is gone, and which still writes and closes its images.
+enum ClosingDaemon {
+    /// What such a process is called; at most 15 bytes.
+    static let processName = "qcowfs-closing"
+
+    /// Opens an image, and tries again for up to 10 seconds while a closing daemon has it.
+    static func waiting(
+        for path: String, _ open: () throws(ImageError) -> Image
+    ) throws(MountError) -> Image {
+        var error: ImageError
+        var attempt = 0
+        repeat {
+            do throws(ImageError) {
+                return try open()
+            } catch let refusal {
+                error = refusal
+            }
+            guard case .locked = error.kind, attempt < 400, holds(path) else { break }
+            attempt += 1
+            usleep(25_000)
+        } while true
+        throw MountError(error)
+    }
+
+    /// Whether a closing daemon has the file open.
+    private static func holds(_ path: String) -> Bool {
+        var wanted = stat()
+        guard stat(path, &wanted) == 0 else { return false }
+        let identity = FileIdentity(wanted)
+        return TextFile.names(in: "/proc").contains { process in
+            guard process.first?.isNumber == true, isClosing(process, path) else { return false }
+            let folder = "/proc/\(process)/fd"
+            return TextFile.names(in: folder).contains { descriptor in
+                var status = stat()
+                return stat("\(folder)/\(descriptor)", &status) == 0
+                    && FileIdentity(status) == identity
+            }
+        }
+    }
+
+    /// Whether the process is a qcowfs that shows the image no more: it says so itself, or there is
+    /// no mount left that could be its own.
+    private static func isClosing(_ process: String, _ path: String) -> Bool {
+        let name = TextFile.contents(of: "/proc/\(process)/comm")?.dropLast()
+        if let name, name == processName { return true }
+        guard name == "qcowfs", Int32(process) != getpid() else { return false }
+        return !MountTable.entries(ofProcess: process).contains {
+            $0.isOurs && ($0.source.contains(path) || path.hasPrefix($0.source + "/"))
+        }
+    }
+}

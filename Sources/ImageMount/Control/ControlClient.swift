@@ -1,0 +1,69 @@
+internal import Glibc
+internal import QCOW2
+
+/// A question to the daemon behind a mount.
+struct ControlClient: ~Copyable {
+    private let connection: Int32
+    /// The daemon's process id; 0 where it cannot be seen from here.
+    let process: pid_t
+
+    /// Connects to the daemon of a mount; nil where there is none (any more).
+    init?(_ entry: MountEntry) {
+        let connected = try? ControlSocket.make(entry.device) { connect($0, $1, $2) }
+        guard let connected else { return nil }
+        // Anybody may take a name: only the user who mounted, or root, is believed.
+        guard let peer = ControlSocket.peer(of: connected),
+            peer.uid == 0 || peer.uid == entry.userID
+        else {
+            close(connected)
+            return nil
+        }
+        connection = connected
+        process = peer.pid
+        ControlSocket.limit(connection, seconds: 5)
+    }
+
+    deinit { close(connection) }
+
+    /// Asks, and returns the answer's lines.
+    borrowing func ask(_ question: String) -> [String: String]? {
+        ControlSocket.send(question + "\n", to: connection)
+        guard let text = readAll() else { return nil }
+        let pairs = text.split(separator: "\n").compactMap { line -> (String, String)? in
+            guard let sign = line.firstIndex(of: "=") else { return nil }
+            return (String(line[..<sign]), String(line[line.index(after: sign)...]))
+        }
+        return pairs.isEmpty ? nil : Dictionary(pairs, uniquingKeysWith: { _, last in last })
+    }
+
+    private borrowing func readAll() -> String? {
+        var bytes: [UInt8] = []
+        var part = [UInt8](repeating: 0, count: 4096)
+        while bytes.count < 1 << 20 {
+            let count = recv(connection, &part, part.count, 0)
+            guard count >= 0 else { return nil }
+            guard count > 0 else { break }
+            bytes += part[..<count]
+        }
+        return String(decoding: bytes, as: UTF8.self)
+    }
+
+    /// Asks to be told of the end; false where the daemon does not answer.
+    borrowing func beginWaiting() -> Bool {
+        ControlSocket.send("wait\n", to: connection)
+        return nextLine() == "waiting"
+    }
+
+    /// What the daemon said of its end; nil where it ended without a word.
+    borrowing func lastWord() -> String? { nextLine() }
+
+    private borrowing func nextLine() -> String? {
+        var line: [UInt8] = []
+        var byte: UInt8 = 0
+        while line.count < 8192, recv(connection, &byte, 1, 0) == 1 {
+            if byte == UInt8(ascii: "\n") { return String(decoding: line, as: UTF8.self) }
+            line.append(byte)
+        }
+        return nil
+    }
+}

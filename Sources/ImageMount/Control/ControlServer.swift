@@ -1,0 +1,96 @@
+internal import Glibc
+internal import QCOW2
+internal import Synchronization
+
+/// Answers questions about a running mount, and tells those who wait how it ended.
+///
+/// A question is one line; `about` and `stats` are answered with lines `key=value`, `wait` with one
+/// line when the images are closed: `done`, or `failed SENTENCE`.
+final class ControlServer: Sendable {
+    private let listener = Mutex<Int32>(-1)
+    /// Connections of those who wait for the end.
+    private let waiting = Mutex<[Int32]>([])
+    private let answer: @Sendable (String) -> [(String, String)]?
+
+    init(answering answer: @escaping @Sendable (String) -> [(String, String)]?) {
+        self.answer = answer
+    }
+
+    /// Listens for the mount with this number, on a thread of its own.
+    func start(_ device: String) throws(MountError) {
+        let descriptor = try listen(device)
+        listener.withLock { $0 = descriptor }
+        try startThread("control") { self.work(descriptor) }
+    }
+
+    private func listen(_ device: String) throws(MountError) -> Int32 {
+        // The number may be that of a mount that has just gone, whose daemon is about to let go.
+        for attempt in 0... {
+            do throws(SystemError) {
+                return try ControlSocket.make(device) { descriptor, address, length in
+                    bind(descriptor, address, length) == 0 ? Glibc.listen(descriptor, 16) : -1
+                }
+            } catch {
+                guard error.code == EADDRINUSE, attempt < 1000 else {
+                    throw MountError("control socket", error)
+                }
+                usleep(1000)
+            }
+        }
+    }
+
+    private func work(_ listener: Int32) {
+        while true {
+            let connection = accept4(listener, nil, nil, Int32(SOCK_CLOEXEC.rawValue))
+            if connection >= 0 {
+                serve(connection)
+            } else if errno != EINTR && errno != ECONNABORTED {
+                return
+            }
+        }
+    }
+
+    private func serve(_ connection: Int32) {
+        guard let peer = ControlSocket.peer(of: connection), peer.uid == 0 || peer.uid == geteuid()
+        else {
+            close(connection)
+            return
+        }
+        ControlSocket.limit(connection, seconds: 2)
+        let question = Self.line(from: connection)
+        if question == "wait" {
+            ControlSocket.send("waiting\n", to: connection)
+            waiting.withLock { $0.append(connection) }
+            return
+        }
+        let lines = question.flatMap(answer) ?? []
+        ControlSocket.send(lines.map { "\($0)=\($1)\n" }.joined(), to: connection)
+        close(connection)
+    }
+
+    private static func line(from connection: Int32) -> String? {
+        var bytes = [UInt8](repeating: 0, count: 64)
+        let count = recv(connection, &bytes, bytes.count, 0)
+        guard count > 0, bytes[count - 1] == UInt8(ascii: "\n") else { return nil }
+        return String(decoding: bytes[..<(count - 1)], as: UTF8.self)
+    }
+
+    /// Takes no more questions: the mount's number may belong to another one from now on.
+    func stopListening() {
+        listener.withLock { descriptor in
+            guard descriptor >= 0 else { return }
+            shutdown(descriptor, Int32(SHUT_RDWR))
+            close(descriptor)
+            descriptor = -1
+        }
+    }
+
+    /// Tells everybody who waits how the mount ended.
+    func tellEnd(_ trouble: String?) {
+        let connections = waiting.withLock { $0 }
+        for connection in connections {
+            ControlSocket.send(trouble.map { "failed \($0)\n" } ?? "done\n", to: connection)
+            close(connection)
+        }
+    }
+}

@@ -1,0 +1,106 @@
+internal import Glibc
+internal import Logging
+internal import QCOW2
+internal import Synchronization
+
+/// A mount from the moment it exists to the moment its images are closed.
+///
+/// Everything that a thread needs lies here; the session itself stays with the thread that serves.
+final class Daemon: Sendable {
+    let catalogue: Catalogue
+    /// The absolute path of the mountpoint.
+    let mountpoint: String
+    let options: MountOptions
+    let ownAccess: OwnAccess
+    let counters: CountersAddress
+    private let since: Int
+
+    init(catalogue: Catalogue, mountpoint: String, options: MountOptions) {
+        self.catalogue = catalogue
+        self.mountpoint = mountpoint
+        self.options = options
+        ownAccess = OwnAccess(catalogue: catalogue, mountpoint: mountpoint)
+        counters = CountersAddress()
+        since = time(nil)
+    }
+
+    /// Serves a mounted session until it is unmounted, closes the images and returns the exit status.
+    ///
+    /// - Parameter whenReady: called once, when the files can be read or it is known that they
+    ///   cannot.
+    func serve(
+        _ session: borrowing Session, whenReady: @escaping @Sendable (MountError?) -> Void
+    ) -> Int32 {
+        let control = ControlServer(answering: { self.answer($0) })
+        let signals = SignalWatch(self)
+        do throws(MountError) {
+            pthread_setname_np(pthread_self(), "qcowfs")
+            try ownAccess.start(for: session.shared)
+            try startImages()
+            try startThread("ready") { self.becomeReady(control, whenReady) }
+            try signals.start()
+            try session.serve(threadCount: threadCount)
+        } catch {
+            options.logger.error("\(error)")
+            whenReady(error)
+            session.giveUp()
+        }
+        return finish(control, signals)
+    }
+
+    /// Few threads are best on few processors; one alone could wait for itself.
+    private var threadCount: Int {
+        let processors = sysconf(Int32(_SC_NPROCESSORS_ONLN))
+        return options.threadCount ?? max(4, min(16, 2 &* max(processors, 1) &+ 2))
+    }
+
+    /// Starts what the images do beside the requests.
+    private func startImages() throws(MountError) {
+        for node in catalogue.allNodes {
+            let opener = node.pointer.pointee.opener
+            _ = node.pointer.pointee.withOpenImage { opener.startThreads(of: $0.pointee.image) }
+        }
+    }
+
+    /// Closes every image and tells whoever waits how it went.
+    private func finish(_ control: ControlServer, _ signals: SignalWatch) -> Int32 {
+        control.stopListening()
+        pthread_setname_np(pthread_self(), ClosingDaemon.processName)
+        let trouble = closeImages()
+        if let trouble { options.logger.error("\(trouble)") }
+        if let pidFile = options.pidFile { unlink(pidFile) }
+        control.tellEnd(trouble)
+        return trouble == nil ? 0 : 1
+    }
+
+    /// Writes and closes every image; returns what went wrong.
+    func closeImages() -> String? {
+        let troubles = catalogue.allNodes.compactMap { $0.pointer.pointee.finish() }
+        return troubles.isEmpty ? nil : troubles.map(\.description).joined(separator: "; ")
+    }
+
+    /// Answers a question that came over the control socket.
+    private func answer(_ question: String) -> [(String, String)]? {
+        switch question {
+        case "about":
+            [
+                ("pid", "\(getpid())"), ("mountpoint", mountpoint), ("image", catalogue.source),
+                ("since", "\(since)"),
+                ("mode", options.isReadOnly || options.forcesShare ? "ro" : "rw"),
+            ]
+        case "stats": counters.pointer.pointee.lines()
+        default: nil
+        }
+    }
+}
+
+/// Where the counters of a mount lie, for as long as the process lives.
+struct CountersAddress: @unchecked Sendable {
+    // Sendable: what lies there is, and the address never changes.
+    let pointer: UnsafeMutablePointer<Counters>
+
+    init() {
+        pointer = .allocate(capacity: 1)
+        pointer.initialize(to: Counters())
+    }
+}

@@ -1,0 +1,105 @@
+internal import Glibc
+internal import Logging
+internal import QCOW2
+internal import Synchronization
+
+/// Ends the mount when the process is told to end.
+///
+/// libfuse's own handlers would end the loop with pages still dirty in the kernel.  Here the signals
+/// are blocked everywhere, and one thread takes them.
+final class SignalWatch: Sendable {
+    private let daemon: Daemon
+
+    init(_ daemon: Daemon) { self.daemon = daemon }
+
+    private static var watched: sigset_t {
+        var signals = sigset_t()
+        sigemptyset(&signals)
+        for signal in [SIGTERM, SIGINT, SIGHUP] { sigaddset(&signals, signal) }
+        return signals
+    }
+
+    /// Blocks the signals in this thread and in every thread that it will start.
+    static func block() {
+        var signals = watched
+        pthread_sigmask(SIG_BLOCK, &signals, nil)
+        // A client of the control socket may go while it is written to.
+        signal(SIGPIPE, SIG_IGN)
+    }
+
+    func start() throws(MountError) {
+        try startThread("signals") { self.work() }
+    }
+
+    private func work() {
+        _ = next(within: nil)
+        daemon.commit()
+        if daemon.leave(lazily: false) { return }
+        tellWhoIsBusy()
+        // Served until the last close; what else keeps a mount busy ends without a word to us.
+        while next(within: 1) == nil {
+            if daemon.leave(lazily: false) { return }
+        }
+        daemon.commit()
+        _ = daemon.leave(lazily: true)
+        endAnyway()
+    }
+
+    /// The next signal, nil when `seconds` have passed without one.
+    private func next(within seconds: Int?) -> Int32? {
+        var signals = Self.watched
+        while true {
+            var signal: Int32 = 0
+            if let seconds {
+                var time = timespec(tv_sec: seconds, tv_nsec: 0)
+                signal = sigtimedwait(&signals, nil, &time)
+            } else {
+                signal = sigwaitinfo(&signals, nil)
+            }
+            if signal > 0 { return signal }
+            if errno == EAGAIN { return nil }
+        }
+    }
+
+    private func tellWhoIsBusy() {
+        let users = BusyMount.users(of: daemon.mountpoint) ?? "somebody"
+        daemon.options.logger.warning(
+            """
+            \(daemon.mountpoint): everything is written; busy with \(users): served until the last \
+            close, or until a second signal
+            """)
+    }
+
+    /// Ends the process although clients still have files open: their descriptors are dead then.
+    private func endAnyway() -> Never {
+        // Whoever is not using the mount has ended the loop by now, and the process with it.
+        usleep(300_000)
+        let trouble = daemon.closeImages()
+        if let trouble { daemon.options.logger.error("\(trouble)") }
+        if let pidFile = daemon.options.pidFile { unlink(pidFile) }
+        _exit(trouble == nil ? 0 : 1)
+    }
+}
+
+extension Daemon {
+    /// Brings everything to stable storage, what the kernel still holds included.
+    func commit() {
+        ownAccess.flushAll()
+        for node in catalogue.allNodes {
+            _ = node.pointer.pointee.withOpenImage { image in
+                do throws(SystemError) { try image.pointee.flush() } catch {}
+            }
+        }
+    }
+
+    /// Unmounts; false where somebody keeps the mount busy.
+    func leave(lazily: Bool) -> Bool {
+        do throws(SystemError) {
+            try Unmounter.unmount(mountpoint, lazily: lazily)
+            return true
+        } catch {
+            // Somebody else has unmounted it: the loop is about to end.
+            return error.code == EINVAL || error.code == ENOENT
+        }
+    }
+}

@@ -1,0 +1,120 @@
+internal import CFuse3
+internal import Glibc
+internal import QCOW2
+
+/// Answers a read with pieces of the image's files; short only at the end of the disk.
+func answerRead(
+    _ count: Int, at offset: UInt64, _ handle: Handle, _ context: borrowing MountContext,
+    _ reply: consuming Reply
+) {
+    guard let image = handle.image, let scratch = context.scratch.ofThisThread() else {
+        return reply.status(ENOMEM)
+    }
+    let count = min(image.pointee.clipped(count, at: offset), Scratch.byteCount)
+    guard count > 0 else {
+        reply.data(UnsafeRawBufferPointer(start: nil, count: 0))
+        return
+    }
+    var owed: Reply? = consume reply
+    do throws(ImageError) {
+        // The pieces stay as they are until the reply has been given: it is given inside.
+        let status = try image.pointee.image.withPieces(
+            at: offset, count: count, scratch: scratch.bytes, pieces: scratch.pieces
+        ) { pieces -> Int32 in
+            owed.take()?.data(pieces) ?? 0
+        }
+        if status < 0 { reportLostReply(status, image, at: offset, context) }
+    } catch {
+        owed.take()?.status(image.pointee.told(error).code)
+    }
+}
+
+/// Tells of a reply that the kernel did not take.  The client has got EIO by then, at once.
+@inline(never)
+private func reportLostReply(
+    _ status: Int32, _ image: UnsafeMutablePointer<MountedImage>, at offset: UInt64,
+    _ context: borrowing MountContext
+) {
+    // A client that was killed takes no reply: nothing to tell.
+    guard status == -EFAULT else { return }
+    context.log.once("\(image.pointee.path): a file of the image was cut short or cannot be read")
+}
+
+func answerWrite(
+    _ bytes: UnsafeRawBufferPointer, at offset: UInt64, _ number: fuse_ino_t, _ handle: Handle,
+    _ context: borrowing MountContext, _ reply: consuming Reply
+) {
+    guard let image = handle.image else { return reply.status(EBADF) }
+    do throws(SystemError) {
+        reply.written(try image.pointee.write(bytes, at: offset))
+    } catch {
+        // The kernel that writes back has already believed the larger size.
+        if context.writesBack, error == .noSpace { context.ownAccess.restoreSize(of: number) }
+        reply.status(error.code)
+    }
+}
+
+func answerFlush(_ handle: Handle, _ context: borrowing MountContext, _ reply: consuming Reply) {
+    guard let image = handle.image else { return reply.status(EBADF) }
+    do throws(SystemError) {
+        try image.pointee.flush()
+        reply.status(0)
+    } catch {
+        reply.status(error.code)
+    }
+}
+
+func answerAllocate(
+    _ mode: Int32, at offset: UInt64, count: UInt64, _ number: fuse_ino_t, _ handle: Handle,
+    _ context: borrowing MountContext, _ reply: consuming Reply
+) {
+    guard let image = handle.image else { return reply.status(EBADF) }
+    guard let wanted = AllocationRequest(mode: mode) else { return reply.status(EOPNOTSUPP) }
+    do throws(SystemError) {
+        try image.pointee.allocate(wanted, at: offset, count: count)
+        let (end, overflows) = offset.addingReportingOverflow(count)
+        if !wanted.keepsSize, overflows || end > image.pointee.size {
+            // The kernel believes that the file has grown.  It is told before the answer, so that
+            // it asks again whichever of the two it does first.
+            context.ownAccess.kernelForgetsAttributes(of: number)
+            if context.writesBack { context.ownAccess.restoreSize(of: number) }
+        }
+        reply.status(0)
+    } catch {
+        reply.status(error.code)
+    }
+}
+
+/// Answers SEEK_DATA and SEEK_HOLE.
+///
+/// The kernel does not write dirty pages before it asks.  While a client may have some, a thread of
+/// its own writes them first and answers then: it waits for writes that workers must take.
+func answerSeek(
+    _ whence: Int32, from offset: UInt64, _ number: fuse_ino_t, _ handle: Handle,
+    _ context: borrowing MountContext, _ reply: consuming Reply
+) {
+    guard let image = handle.image, let node = context.node(number) else {
+        return reply.status(EBADF)
+    }
+    guard let target = SeekTarget(whence: whence) else { return reply.status(EINVAL) }
+    if node.pointee.writerCount > 0 {
+        context.ownAccess.seekAfterFlush(
+            PendingSeek(
+                request: reply.later(), number: number, image: ImageAddress(pointer: image),
+                target: target, offset: offset))
+    } else {
+        seek(target, from: offset, in: image, reply)
+    }
+}
+
+/// Answers from the metadata alone.
+func seek(
+    _ target: SeekTarget, from offset: UInt64, in image: UnsafeMutablePointer<MountedImage>,
+    _ reply: consuming Reply
+) {
+    do throws(SystemError) {
+        reply.offset(try image.pointee.seek(target, from: offset))
+    } catch {
+        reply.status(error.code)
+    }
+}

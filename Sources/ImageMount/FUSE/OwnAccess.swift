@@ -1,0 +1,187 @@
+internal import CFuse3
+internal import Glibc
+internal import Logging
+internal import QCOW2
+internal import Synchronization
+
+/// What this process does to its own mount: it makes the kernel write the dirty pages it holds.
+///
+/// The kernel asks SEEK_DATA and SEEK_HOLE without writing them first, stores to mappings included;
+/// and it drops them when a session ends.  A descriptor on the own file and `sync_file_range` bring
+/// them out (an fsync would wait for the inode's lock, which SEEK_DATA holds).  The descriptor is
+/// closed at once: a lasting one would keep the mount busy for ever.
+///
+/// All of this runs on a thread of its own, never on a worker: it waits for writes that the workers
+/// must take.
+final class OwnAccess: Sendable {
+    private let catalogue: Catalogue
+    /// The mountpoint as it was resolved before the mount.
+    private let mountpoint: String
+    private let queue = Mutex(Queue())
+    private let wakeUp: Semaphore
+    /// Threads that are opening a file of the mount for flushing.
+    private let flushingThreads = Mutex<Set<pid_t>>([])
+    private let session = Mutex<SessionHandle?>(nil)
+
+    private struct Queue: Sendable {
+        var jobs: [Job] = []
+        /// Files whose size the kernel is about to be told.
+        var restoring: Set<fuse_ino_t> = []
+    }
+
+    private enum Job: Sendable {
+        case seek(PendingSeek)
+        case restoreSize(fuse_ino_t)
+    }
+
+    init(catalogue: Catalogue, mountpoint: String) {
+        self.catalogue = catalogue
+        self.mountpoint = mountpoint
+        wakeUp = Semaphore()
+    }
+
+    /// Starts the thread; once, and not before the daemon has forked.
+    func start(for session: SessionHandle) throws(MountError) {
+        self.session.withLock { $0 = session }
+        try startThread("own-access") { self.work() }
+    }
+
+    private func work() {
+        while true {
+            wakeUp.wait()
+            let job = queue.withLock { $0.jobs.isEmpty ? nil : $0.jobs.removeFirst() }
+            switch job {
+            case .seek(let pending): answer(pending)
+            case .restoreSize(let number): restore(number)
+            case nil: break
+            }
+        }
+    }
+
+    private func add(_ job: Job) {
+        queue.withLock { $0.jobs.append(job) }
+        wakeUp.post()
+    }
+}
+
+// MARK: Flushing
+
+extension OwnAccess {
+    /// Whether `thread` is one of ours, opening a file in order to flush it.
+    func isFlushing(thread: pid_t) -> Bool {
+        flushingThreads.withLock { !$0.isEmpty && $0.contains(thread) }
+    }
+
+    /// Makes the kernel hand over every dirty page of every file that may have some.
+    func flushAll() {
+        for node in catalogue.allNodes where node.pointer.pointee.writerCount > 0 {
+            _ = flush(node.pointer)
+        }
+    }
+
+    /// Makes the kernel hand over the dirty pages of one file; false where it could not be asked.
+    private func flush(_ node: UnsafeMutablePointer<FileNode>) -> Bool {
+        let descriptor = open(path(of: node))
+        guard descriptor >= 0 else { return false }
+        defer { close(descriptor) }
+        // All three flags: any fewer, and pages may be left behind when the kernel is busy.
+        let everything = UInt32(
+            SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER)
+        return sync_file_range(descriptor, 0, 0, everything) == 0
+    }
+
+    /// Opens a file of the mount, or its directory, without counting as a client; -1 and `errno` on
+    /// failure.
+    func open(_ path: String) -> Int32 {
+        let thread = gettid()
+        flushingThreads.withLock { _ = $0.insert(thread) }
+        defer { flushingThreads.withLock { _ = $0.remove(thread) } }
+        return Glibc.open(path, O_RDONLY | O_CLOEXEC | O_NOFOLLOW)
+    }
+
+    func path(of node: UnsafeMutablePointer<FileNode>) -> String {
+        if case .file = catalogue.shape { return mountpoint }
+        return mountpoint + "/" + node.pointee.name
+    }
+
+    private func node(_ number: fuse_ino_t) -> UnsafeMutablePointer<FileNode>? {
+        if number == fuse_ino_t(FUSE_ROOT_ID) { return catalogue.rootFile?.pointer }
+        return UnsafeMutablePointer(bitPattern: UInt(number))
+    }
+}
+
+// MARK: Seeking
+
+/// A client that waits for SEEK_DATA or SEEK_HOLE.
+struct PendingSeek: @unchecked Sendable {
+    // Sendable: the request belongs to whoever holds this, and the image stays open meanwhile.
+    let request: fuse_req_t
+    let number: fuse_ino_t
+    let image: ImageAddress
+    let target: SeekTarget
+    let offset: UInt64
+}
+
+extension OwnAccess {
+    /// Answers `pending` when the pages that the kernel holds have been written.
+    func seekAfterFlush(_ pending: PendingSeek) { add(.seek(pending)) }
+
+    private func answer(_ pending: PendingSeek) {
+        let reply = Reply(pending.request)
+        let wasFlushed = node(pending.number).map { flush($0) } ?? false
+        if wasFlushed || dropPages(of: pending.number) {
+            seek(pending.target, from: pending.offset, in: pending.image.pointer, reply)
+        } else {
+            answerAllData(pending, reply)
+        }
+    }
+
+    /// Makes the kernel write and forget its pages: slower, but possible without a path.
+    private func dropPages(of number: fuse_ino_t) -> Bool {
+        guard let session = session.withLock({ $0 }) else { return false }
+        return fuse_lowlevel_notify_inval_inode(session.pointer, number, 0, 0) == 0
+    }
+
+    /// With unknown pages about, everything counts as data: nobody loses anything by that.
+    private func answerAllData(_ pending: PendingSeek, _ reply: consuming Reply) {
+        let size = pending.image.pointer.pointee.size
+        guard pending.offset < size else { return reply.status(ENXIO) }
+        reply.offset(pending.target == .data ? pending.offset : size)
+    }
+}
+
+// MARK: Sizes and attributes
+
+extension OwnAccess {
+    /// Makes the kernel ask for a file's attributes again.
+    func kernelForgetsAttributes(of number: fuse_ino_t) {
+        guard let session = session.withLock({ $0 }) else { return }
+        fuse_lowlevel_notify_inval_inode(session.pointer, number, -1, 0)
+    }
+
+    /// Has the kernel told the file's true size: while it writes back, it believes its own.
+    func restoreSize(of number: fuse_ino_t) {
+        let isNew = queue.withLock { $0.restoring.insert(number).inserted }
+        if isNew { add(.restoreSize(number)) }
+        kernelForgetsAttributes(of: number)
+    }
+
+    /// Waits a moment for a size that the kernel is being told.
+    func waitForSize(of number: fuse_ino_t) {
+        for _ in 0..<50 {
+            guard queue.withLock({ $0.restoring.contains(number) }) else { return }
+            usleep(2000)
+        }
+    }
+
+    private func restore(_ number: fuse_ino_t) {
+        queue.withLock { _ = $0.restoring.remove(number) }
+        if let node = node(number) { tellSize(of: node) }
+    }
+
+    /// Sets the file to the size it has.
+    func tellSize(of node: UnsafeMutablePointer<FileNode>) {
+        guard let size = node.pointee.withOpenImage({ $0.pointee.size }) else { return }
+        _ = Glibc.truncate(path(of: node), off_t(clamping: size))
+    }
+}

@@ -1,0 +1,105 @@
+internal import Glibc
+internal import Logging
+public import QCOW2
+
+/// What is to be mounted where.
+public struct MountRequest: Sendable {
+    /// Image files, or one directory of them.
+    public var images: [String]
+    /// An existing directory, or an existing regular file for one image.
+    public var mountpoint: String
+    public var options: MountOptions
+
+    public init(images: [String], mountpoint: String, options: MountOptions) {
+        self.images = images
+        self.mountpoint = mountpoint
+        self.options = options
+    }
+}
+
+/// Makes a mount and serves it.
+public enum Mounting {
+    /// Mounts, and returns the exit status: in the foreground when the mount has ended, otherwise as
+    /// soon as its files can be read.
+    ///
+    /// In the background this process splits in two, and the new one never returns from here.  No
+    /// thread may have been started before.
+    ///
+    /// - Parameter whenReady: called with the paths of the raw files when they can be read.
+    public static func mount(
+        _ request: MountRequest, whenReady: @escaping @Sendable ([String]) -> Void
+    ) throws(MountError) -> Int32 {
+        let inherited = Background.inheritedDescriptors()
+        let mountpoint = try Mountpoint(request.mountpoint)
+        let catalogue = try Catalogue.make(request, at: mountpoint)
+        var options = request.options
+        options.pidFile = try options.pidFile.map { path throws(MountError) in
+            try absolute(path)
+        }
+        let daemon = Daemon(catalogue: catalogue, mountpoint: mountpoint.path, options: options)
+        let context = MountContext(
+            catalogue: catalogue, options: options, scratch: try Scratch.Key(),
+            ownAccess: daemon.ownAccess, counters: daemon.counters)
+        let session = try Session(context, options: options)
+        SignalWatch.block()
+        try session.mount(at: mountpoint.path, options: options)
+        if options.staysInForeground {
+            return try serveHere(daemon, session, whenReady)
+        }
+        return try serveInBackground(daemon, session, inherited, whenReady)
+    }
+
+    private static func serveHere(
+        _ daemon: Daemon, _ session: borrowing Session,
+        _ whenReady: @escaping @Sendable ([String]) -> Void
+    ) throws(MountError) -> Int32 {
+        let failure = FirstError()
+        LibraryLog.pass(to: daemon.options.logger)
+        let status = daemon.serve(session) { error in
+            if let error { failure.keep(error) } else { whenReady(daemon.rawFiles) }
+        }
+        if let error = failure.error { throw error }
+        return status
+    }
+
+    private static func serveInBackground(
+        _ daemon: Daemon, _ session: borrowing Session, _ inherited: [Int32],
+        _ whenReady: @escaping @Sendable ([String]) -> Void
+    ) throws(MountError) -> Int32 {
+        let pipe = try ReadinessPipe()
+        let process = Background.fork()
+        guard process >= 0 else {
+            let error = SystemError.last
+            session.giveUp()
+            throw MountError("", "the daemon cannot be started: \(error)")
+        }
+        if process > 0 {
+            try pipe.wait(for: process)
+            whenReady(daemon.rawFiles)
+            // What was opened belongs to the daemon now.
+            fflush(nil)
+            _exit(0)
+        }
+        pipe.keepWriting()
+        Background.letGo(of: inherited)
+        LibraryLog.pass(to: daemon.options.logger)
+        _exit(daemon.serve(session) { pipe.report($0) })
+    }
+
+    /// The absolute form of a path whose file need not exist.
+    private static func absolute(_ path: String) throws(MountError) -> String {
+        do throws(SystemError) {
+            return try Paths.resolvedExceptLast(path)
+        } catch {
+            throw MountError(path, error)
+        }
+    }
+}
+
+extension Daemon {
+    /// The paths of the raw files; none for a mirrored directory, whose files come and go.
+    fileprivate var rawFiles: [String] {
+        if catalogue.changesByItself { return [] }
+        return catalogue.allNodes.map { ownAccess.path(of: $0.pointer) }.sorted()
+    }
+}
