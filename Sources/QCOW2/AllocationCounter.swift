@@ -1,3 +1,4 @@
+internal import Logging
 internal import Synchronization
 
 /// How many guest bytes are allocated in the chain, for `st_blocks`.
@@ -51,7 +52,7 @@ extension Image {
         if let counted = allocation.counted { return min(counted, size) }
         var estimate: UInt64 = 0
         for index in 0..<layerCount {
-            estimate &+= (layers[index].file.device as? FileDevice)?.allocatedByteCount ?? 0
+            estimate &+= layers[index].file.allocatedByteCount
         }
         return min(estimate, size &- min(size, clusterByteCount))
     }

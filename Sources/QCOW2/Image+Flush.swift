@@ -36,30 +36,14 @@ extension Image {
     private func markBitmapsInUse() throws(ImageError) {
         guard header.autoclearFeatures.contains(.bitmaps) else { return }
         var isChanged = false
-        for (bitmap, offset) in try readBitmapDirectory() where !bitmap.isInUse {
+        guard let place = header.bitmaps else { return }
+        for bitmap in try header.readBitmaps(from: top.file.device) where !bitmap.isInUse {
             var flags: [UInt8] = [0, 0, 0, 0]
             flags.storeBigEndian(bitmap.flags | BitmapEntry.inUse, at: 0)
-            try top.file.write(flags, at: offset &+ UInt64(BitmapEntry.flagsOffset))
+            let entry = place.directoryOffset &+ UInt64(bitmap.directoryOffset)
+            try top.file.write(flags, at: entry &+ UInt64(BitmapEntry.flagsOffset))
             isChanged = true
         }
         if isChanged { try top.file.flush() }
-    }
-
-    /// The bitmaps, each with the host offset of its directory entry.
-    func readBitmapDirectory() throws(ImageError) -> [(BitmapEntry, offset: UInt64)] {
-        guard let place = header.bitmaps else { return [] }
-        let file = top.file
-        let buffer = UnsafeMutableRawBufferPointer.allocate(
-            byteCount: Int(place.directoryByteCount), alignment: 8)
-        defer { buffer.deallocate() }
-        try file.read(into: buffer, at: place.directoryOffset)
-        do throws(FormatError) {
-            return try BitmapEntry.parseDirectory(
-                UnsafeRawBufferPointer(buffer), count: Int(place.count),
-                clusterByteCount: header.clusterByteCount
-            ).map { ($0, place.directoryOffset &+ UInt64($0.directoryOffset)) }
-        } catch {
-            throw ImageError(.malformed(error), file: file.name)
-        }
     }
 }

@@ -1,3 +1,5 @@
+internal import Logging
+
 /// What every change of a mapping needs: a table that may be changed, clusters, the link itself,
 /// and the checks before a write.
 extension Image {
@@ -61,7 +63,8 @@ extension Image {
             throw stopWriting(
                 top.fault(Extent(.corrupt, host: old.bits, byteCount: 0), at: guest), writing)
         }
-        let isShared = try old.offset == 0 || writing.allocator.count(of: old.offset &>> map.clusterBits) != 1
+        let references = try writing.allocator.count(of: old.offset &>> map.clusterBits)
+        let isShared = old.offset == 0 || references != 1
         let run = try allocate(1, exactly: true, writing)
         let offset = run.first &<< map.clusterBits
         do throws(ImageError) {
@@ -144,8 +147,8 @@ extension Image {
             throw stopWriting(top.file.corrupt("\(place), which is metadata"), writing)
         }
         // Past the end of the file: fine if it is allocated.
-        for cluster in host &>> map.clusterBits...(host &+ byteCount &- 1) &>> map.clusterBits
-        where try writing.allocator.count(of: cluster) == 0 {
+        for cluster in host &>> map.clusterBits...(host &+ byteCount &- 1) &>> map.clusterBits {
+            guard try writing.allocator.count(of: cluster) == 0 else { continue }
             throw stopWriting(top.file.corrupt("\(place), which is not allocated"), writing)
         }
     }

@@ -100,8 +100,6 @@ extension Image {
             throw ImageError(.system(error, operation: "sync before opening"), file: file.device.name)
         }
         if header.incompatibleFeatures.contains(.dirty) {
-            options.logger.notice("\(file.device.name): was not closed; rebuilding its refcounts")
-            try RefcountRebuild.run(on: file.device, header: header)
         }
     }
 

@@ -155,6 +155,7 @@ private struct Pieces {
 
     @inline(__always)
     mutating func append(_ start: UnsafeRawPointer?, _ byteCount: Int) {
+        guard let start else { return }
         if count > 0, let last = room[count &- 1].iov_base, last + room[count &- 1].iov_len == start {
             room[count &- 1].iov_len &+= byteCount
             return

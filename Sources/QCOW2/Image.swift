@@ -1,5 +1,5 @@
 internal import Glibc
-public import Logging
+internal import Logging
 internal import Synchronization
 
 /// The virtual disk of a qcow2 image: guest bytes, over the layers of its backing chain.
@@ -100,7 +100,10 @@ public final class Image: Sendable {
     public var isReadOnly: Bool { writing == nil }
 
     /// The top layer's header as it was at open.
-    public var header: Header { top.header ?? Header.none }
+    public var header: Header {
+        guard let header = top.header else { preconditionFailure("the top layer is a qcow2 image") }
+        return header
+    }
 
     /// Bytes of a cluster of the top layer.
     public var clusterByteCount: UInt64 { map.clusterMask &+ 1 }

@@ -10,12 +10,12 @@ enum FixedTables {
             let end = (offset &+ byteCount &- 1) &>> bits &+ 1  // both below 2^57
             runs.append(ClusterRun(first: offset &>> bits, count: end &- offset &>> bits))
         }
-        let (snapshots, byteCount) = try Snapshot.readTable(header, from: file.device)
-        add(header.snapshotsOffset, byteCount)
+        let (snapshots, byteCount) = try header.readSnapshots(from: file.device)
+        add(header.snapshotsOffset, UInt64(byteCount))
         for snapshot in snapshots { add(snapshot.l1Offset, UInt64(snapshot.l1EntryCount) &* 8) }
         if header.autoclearFeatures.contains(.bitmaps), let bitmaps = header.bitmaps {
             add(bitmaps.directoryOffset, bitmaps.directoryByteCount)
-            for bitmap in try BitmapEntry.readDirectory(header, from: file.device) {
+            for bitmap in try header.readBitmaps(from: file.device) {
                 add(bitmap.tableOffset, UInt64(bitmap.tableEntryCount) &* 8)
             }
         }

@@ -271,11 +271,3 @@ extension UInt64 {
         return overflow ? .max : sum
     }
 }
-
-extension FileDevice {
-    /// Bytes that the file takes on its file system (`st_blocks`).
-    package var allocatedByteCount: UInt64 {
-        var status = stat()
-        return fstat(descriptor, &status) == 0 ? UInt64(clamping: status.st_blocks) &* 512 : 0
-    }
-}

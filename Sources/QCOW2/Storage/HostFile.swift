@@ -96,5 +96,11 @@ package final class HostFile: Sendable {
     /// No more writes from here on.
     package func stopWriting() { failure.store(EIO, ordering: .releasing) }
 
+    /// Bytes that the file takes on its file system, 0 where that is not known.
+    package var allocatedByteCount: UInt64 {
+        guard let device = device as? FileDevice else { return 0 }
+        do throws(SystemError) { return try device.allocatedByteCount() } catch { return 0 }
+    }
+
     package func corrupt(_ words: String) -> ImageError { ImageError(.corrupt(words), file: name) }
 }
