@@ -25,6 +25,19 @@ enum ClosingDaemon {
         throw MountError(error)
     }
 
+    /// Waits until no closing daemon has the images of a mount that was taken away.
+    static func waitForEnd(of entry: MountEntry, timeout: Double?) throws(MountError) {
+        let paths = [entry.source] + entry.source.split(separator: ":").map(String.init)
+        let start = OperationCounter.now()
+        while paths.contains(where: holds) {
+            usleep(10_000)
+            let seconds = Double(OperationCounter.now() &- start) / 1e9
+            if let timeout, seconds > timeout {
+                throw MountError(entry.mountpoint, "unmounted, but its daemon is still writing")
+            }
+        }
+    }
+
     /// Whether a closing daemon has the file open.
     private static func holds(_ path: String) -> Bool {
         var wanted = stat()

@@ -13,6 +13,14 @@ package struct MountEntry: Sendable, Equatable {
     package var isOurs: Bool { type == "fuse.qcowfs" }
     package var isReadOnly: Bool { options.contains("ro") }
 
+    /// A file system's number in the words of the mount table.
+    static func device(_ number: dev_t) -> String {
+        let number = UInt64(number)
+        let major = (number >> 8) & 0xfff | (number >> 32) & ~0xfff
+        let minor = number & 0xff | (number >> 12) & ~0xff
+        return "\(major):\(minor)"
+    }
+
     /// The user who mounted a FUSE file system.
     package var userID: UInt32? {
         options.lazy.compactMap { $0.hasPrefix("user_id=") ? UInt32($0.dropFirst(8)) : nil }.first

@@ -1,7 +1,6 @@
 internal import Glibc
-internal import Logging
+package import Logging
 package import QCOW2
-internal import Synchronization
 
 /// An open image with the semantics of a raw disk file: what a kernel may ask, answered with plain
 /// values or the `errno` to give back.
@@ -16,8 +15,6 @@ package struct MountedImage: ~Copyable, Sendable {
     let file: ImageFile?
     /// Each trouble is told once, however often a client runs into it.
     let log: TroubleLog
-    /// Handles that may write, of clients and of mappings that outlived their close.
-    package let writerCount = Atomic<Int>(0)
 
     package init(
         _ image: Image, path: String, writtenFile: String? = nil, rules: FileRules = FileRules(),

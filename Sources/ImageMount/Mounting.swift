@@ -1,6 +1,6 @@
 internal import Glibc
 internal import Logging
-public import QCOW2
+internal import QCOW2
 
 /// What is to be mounted where.
 public struct MountRequest: Sendable {

@@ -8,7 +8,7 @@ enum Unmounter {
     /// - Parameter lazily: although it is busy; its users keep what they have.
     static func unmount(_ mountpoint: String, lazily: Bool = false) throws(SystemError) {
         if geteuid() == 0 {
-            let flags = Int32(UMOUNT_NOFOLLOW.rawValue) | (lazily ? Int32(MNT_DETACH.rawValue) : 0)
+            let flags = Int32(UMOUNT_NOFOLLOW) | (lazily ? Int32(MNT_DETACH) : 0)
             guard umount2(mountpoint, flags) == 0 else { throw .last }
             return
         }

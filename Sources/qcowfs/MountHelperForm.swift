@@ -8,13 +8,22 @@ enum MountHelperForm {
     static func asVerb(_ commandLine: [String]) -> [String] {
         let arguments = Array(commandLine.dropFirst())
         if isMountHelper(commandLine.first ?? "") {
-            return ["mount"] + fromMountProgram(arguments)
+            return mountVerb(fromMountProgram(arguments))
         }
-        guard let first = arguments.first, !isVerb(first), !first.hasPrefix("-") else {
-            return arguments
-        }
+        guard let first = arguments.first else { return arguments }
+        if first == "mount" { return mountVerb(Array(arguments.dropFirst())) }
         // A lone unknown word is a mistyped verb; an image comes with its mountpoint.
-        return arguments.count < 2 ? arguments : ["mount"] + arguments
+        let isImage = arguments.count > 1 && !isVerb(first) && isMountOption(first)
+        return isImage ? mountVerb(arguments) : arguments
+    }
+
+    private static func mountVerb(_ arguments: [String]) -> [String] {
+        ["mount"] + MountWords.expanded(arguments)
+    }
+
+    /// Whether the first word may begin a mount without its verb: `-o ro IMAGE MOUNTPOINT`.
+    private static func isMountOption(_ word: String) -> Bool {
+        !word.hasPrefix("-") || word.hasPrefix("-o")
     }
 
     /// Whether the program was called as `mount.qcowfs` or `mount.fuse.qcowfs`.

@@ -12,7 +12,9 @@ struct Qcowfs: ParsableCommand {
             qcowfs IMAGE MOUNTPOINT [-o OPTION,...]
             """,
         version: "0.1.0",
-        subcommands: [Create.self, Info.self, Check.self])
+        subcommands: [
+            Mount.self, Unmount.self, List.self, Stats.self, Create.self, Info.self, Check.self,
+        ])
 
     static func main() {
         Glibc.exit(status(of: MountHelperForm.asVerb(CommandLine.arguments)))

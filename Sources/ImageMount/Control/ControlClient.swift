@@ -31,7 +31,7 @@ struct ControlClient: ~Copyable {
         guard let text = readAll() else { return nil }
         let pairs = text.split(separator: "\n").compactMap { line -> (String, String)? in
             guard let sign = line.firstIndex(of: "=") else { return nil }
-            return (String(line[..<sign]), String(line[line.index(after: sign)...]))
+            return (String(line[..<sign]), String(line[sign...].dropFirst()))
         }
         return pairs.isEmpty ? nil : Dictionary(pairs, uniquingKeysWith: { _, last in last })
     }

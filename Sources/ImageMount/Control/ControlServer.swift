@@ -25,7 +25,8 @@ final class ControlServer: Sendable {
 
     private func listen(_ device: String) throws(MountError) -> Int32 {
         // The number may be that of a mount that has just gone, whose daemon is about to let go.
-        for attempt in 0... {
+        var attempt = 0
+        while true {
             do throws(SystemError) {
                 return try ControlSocket.make(device) { descriptor, address, length in
                     bind(descriptor, address, length) == 0 ? Glibc.listen(descriptor, 16) : -1
@@ -34,6 +35,7 @@ final class ControlServer: Sendable {
                 guard error.code == EADDRINUSE, attempt < 1000 else {
                     throw MountError("control socket", error)
                 }
+                attempt += 1
                 usleep(1000)
             }
         }
@@ -41,7 +43,8 @@ final class ControlServer: Sendable {
 
     private func work(_ listener: Int32) {
         while true {
-            let connection = accept4(listener, nil, nil, Int32(SOCK_CLOEXEC.rawValue))
+            let connection = accept4(
+                listener, __SOCKADDR_ARG(__sockaddr__: nil), nil, Int32(SOCK_CLOEXEC.rawValue))
             if connection >= 0 {
                 serve(connection)
             } else if errno != EINTR && errno != ECONNABORTED {

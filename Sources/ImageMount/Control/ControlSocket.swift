@@ -8,7 +8,7 @@ internal import QCOW2
 enum ControlSocket {
     /// Opens a stream socket and calls `use` with the address of the mount's socket.
     static func make(
-        _ device: String, _ use: (Int32, UnsafePointer<sockaddr>, socklen_t) -> Int32
+        _ device: String, _ use: (Int32, __CONST_SOCKADDR_ARG, socklen_t) -> Int32
     ) throws(SystemError) -> Int32 {
         let descriptor = socket(AF_UNIX, Int32(SOCK_STREAM.rawValue) | Int32(SOCK_CLOEXEC.rawValue), 0)
         guard descriptor >= 0 else { throw .last }
@@ -21,7 +21,7 @@ enum ControlSocket {
         }
         let status = withUnsafePointer(to: address) {
             $0.withMemoryRebound(to: sockaddr.self, capacity: 1) {
-                use(descriptor, $0, socklen_t(length))
+                use(descriptor, __CONST_SOCKADDR_ARG(__sockaddr__: $0), socklen_t(length))
             }
         }
         guard status == 0 else {
@@ -55,7 +55,7 @@ enum ControlSocket {
             while !rest.isEmpty {
                 let part = UnsafeBufferPointer(rebasing: rest)
                 let count = Glibc.send(
-                    descriptor, part.baseAddress, part.count, Int32(MSG_NOSIGNAL.rawValue))
+                    descriptor, part.baseAddress, part.count, Int32(MSG_NOSIGNAL))
                 guard count > 0 else { return }
                 rest = rest.dropFirst(count)
             }

@@ -1,4 +1,5 @@
 internal import Glibc
+internal import Logging
 internal import QCOW2
 
 extension Daemon {
@@ -35,7 +36,7 @@ extension Daemon {
         }
         var status = stat()
         guard fstat(descriptor, &status) == 0 else { throw MountError(path, .last) }
-        return "\(gnu_dev_major(status.st_dev)):\(gnu_dev_minor(status.st_dev))"
+        return MountEntry.device(status.st_dev)
     }
 
     /// Has the kernel read and write in larger parts; only root may, and nothing depends on it.

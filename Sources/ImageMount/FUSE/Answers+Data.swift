@@ -10,6 +10,7 @@ func answerRead(
     guard let image = handle.image, let scratch = context.scratch.ofThisThread() else {
         return reply.status(ENOMEM)
     }
+    let start = OperationCounter.now()
     let count = min(image.pointee.clipped(count, at: offset), Scratch.byteCount)
     guard count > 0 else {
         reply.data(UnsafeRawBufferPointer(start: nil, count: 0))
@@ -23,6 +24,7 @@ func answerRead(
         ) { pieces -> Int32 in
             owed.take()?.data(pieces) ?? 0
         }
+        context.counters.pointer.pointee.reads.add(count, since: start)
         if status < 0 { reportLostReply(status, image, at: offset, context) }
     } catch {
         owed.take()?.status(image.pointee.told(error).code)
@@ -45,8 +47,12 @@ func answerWrite(
     _ context: borrowing MountContext, _ reply: consuming Reply
 ) {
     guard let image = handle.image else { return reply.status(EBADF) }
+    let start = OperationCounter.now()
     do throws(SystemError) {
-        reply.written(try image.pointee.write(bytes, at: offset))
+        let count = try image.pointee.write(bytes, at: offset)
+        // Counted before the answer: whoever asks after it finds the write.
+        context.counters.pointer.pointee.writes.add(count, since: start)
+        reply.written(count)
     } catch {
         // The kernel that writes back has already believed the larger size.
         if context.writesBack, error == .noSpace { context.ownAccess.restoreSize(of: number) }
@@ -56,8 +62,10 @@ func answerWrite(
 
 func answerFlush(_ handle: Handle, _ context: borrowing MountContext, _ reply: consuming Reply) {
     guard let image = handle.image else { return reply.status(EBADF) }
+    let start = OperationCounter.now()
     do throws(SystemError) {
         try image.pointee.flush()
+        context.counters.pointer.pointee.flushes.add(0, since: start)
         reply.status(0)
     } catch {
         reply.status(error.code)
@@ -70,8 +78,10 @@ func answerAllocate(
 ) {
     guard let image = handle.image else { return reply.status(EBADF) }
     guard let wanted = AllocationRequest(mode: mode) else { return reply.status(EOPNOTSUPP) }
+    let start = OperationCounter.now()
     do throws(SystemError) {
         try image.pointee.allocate(wanted, at: offset, count: count)
+        context.counters.pointer.pointee.allocations.add(Int(clamping: count), since: start)
         let (end, overflows) = offset.addingReportingOverflow(count)
         if !wanted.keepsSize, overflows || end > image.pointee.size {
             // The kernel believes that the file has grown.  It is told before the answer, so that
@@ -97,6 +107,7 @@ func answerSeek(
         return reply.status(EBADF)
     }
     guard let target = SeekTarget(whence: whence) else { return reply.status(EINVAL) }
+    context.counters.pointer.pointee.seeks.add(0, since: OperationCounter.now())
     if node.pointee.writerCount > 0 {
         context.ownAccess.seekAfterFlush(
             PendingSeek(

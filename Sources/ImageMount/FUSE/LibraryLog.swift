@@ -19,7 +19,7 @@ enum LibraryLog {
     /// Takes libfuse's messages from now on.
     static func capture() {
         fuse_set_log_func { _, format, arguments in
-            guard let format else { return }
+            guard let format, let arguments else { return }
             LibraryLog.take(format, arguments)
         }
     }
