@@ -13,7 +13,7 @@ struct Qcowfs: ParsableCommand {
             """,
         version: "0.1.0",
         subcommands: [
-            Mount.self, Unmount.self, List.self, Stats.self, Create.self, Info.self, Check.self,
+            Mount.self, Umount.self, List.self, Stats.self, Create.self, Info.self, Check.self,
         ])
 
     static func main() {
