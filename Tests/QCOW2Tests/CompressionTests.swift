@@ -3,7 +3,7 @@ import CZstd
 import Dispatch
 import Testing
 
-@testable import QCOW2
+import QCOW2
 
 @Suite("Compressed clusters")
 struct CompressionTests {

@@ -2,7 +2,7 @@ import Dispatch
 import Synchronization
 import Testing
 
-@testable import QCOW2
+import QCOW2
 
 @Suite("The cache of decompressed clusters")
 struct DecompressedCacheTests {
