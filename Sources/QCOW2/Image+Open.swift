@@ -67,13 +67,11 @@ extension Image {
         _ files: [ChainFile], into chain: inout OpenedChain
     ) throws(ImageError) {
         let isWritable = chain.options.access == .readWrite
-        if isWritable { try prepareForWriting(files[0], options: chain.options) }
+        if isWritable { try prepareForWriting(files[0]) }
         let shares = cacheShares(of: files, total: chain.options.cacheByteCount)
         for (number, file) in files.enumerated() {
             let hostFile = try HostFile(file.device)
             if let header = file.header {
-                // A repair may have changed it.
-                let header = number == 0 && isWritable ? try Header.readSupported(from: file.device) : header
                 chain.append(
                     try Layer(
                         qcow2: header, in: hostFile, number: number, cacheByteCount: shares[number]))
@@ -85,9 +83,7 @@ extension Image {
     }
 
     /// What must be true of an image before it is opened for writing.
-    private static func prepareForWriting(
-        _ file: ChainFile, options: OpenOptions
-    ) throws(ImageError) {
+    private static func prepareForWriting(_ file: ChainFile) throws(ImageError) {
         guard let header = file.header else { return }
         if header.incompatibleFeatures.contains(.corrupt) {
             throw ImageError(.markedCorrupt, file: file.device.name)
@@ -98,8 +94,6 @@ extension Image {
             try file.device.flush()
         } catch {
             throw ImageError(.system(error, operation: "sync before opening"), file: file.device.name)
-        }
-        if header.incompatibleFeatures.contains(.dirty) {
         }
     }
 
@@ -137,7 +131,13 @@ extension Image {
         let sector = try HeaderSector(of: file)
         let commit = Commit(
             file: file, map: map, allocator: allocator, header: sector,
-            logger: chain.options.logger, willFree: { _ in })
-        return Writing(header: sector, guarded: guarded, allocator: allocator, commit: commit)
+            logger: chain.options.logger)
+        let writing = Writing(
+            header: sector, guarded: guarded, allocator: allocator, commit: commit)
+        if header.incompatibleFeatures.contains(.dirty) {
+            chain.options.logger.notice("\(file.name): was not closed; rebuilding its refcounts")
+            try writing.rebuildRefcounts(header, map: map, file: file)
+        }
+        return writing
     }
 }

@@ -46,7 +46,7 @@ extension ClusterAllocator {
     }
 
     /// Writes an empty block to `cluster` and enters it into the table in memory.
-    private func place(block index: Int, at cluster: UInt64, _ state: inout State) throws(ImageError) {
+    func place(block index: Int, at cluster: UInt64, _ state: inout State) throws(ImageError) {
         try checkRoom(ClusterRun(first: cluster, count: 1))
         try writeZeroes(ClusterRun(first: cluster, count: 1))
         state.table[index] = cluster &<< clusterBits
@@ -62,14 +62,11 @@ extension ClusterAllocator {
         let entriesPerCluster = clusterByteCount / 8
         let growth = max(old.count / 2, 1)
         let count = old.count &+ growth
-        guard count &* clusterByteCount <= max(Limits.refcountTableByteCount, clusterByteCount) else {
-            throw ImageError(
-                .system(.noSpace, operation: "the refcount table cannot grow any more"), file: file.name)
-        }
+        try checkTableLength(count)
         let oldEntryCount = state.table.count
         if let run = try take(Int(count), true, &state) {
             state.table += Array(repeating: 0, count: Int(growth &* entriesPerCluster))
-            adopt(table: run, &state)
+            replaceTable(old, by: run, &state)
         } else {
             // No room where counts exist: blocks for a new range, and behind them the table, count
             // themselves.
@@ -83,19 +80,27 @@ extension ClusterAllocator {
                 try place(block: oldEntryCount + block, at: first &+ UInt64(block), &state)
             }
             for cluster in first..<run.end { try setCount(1, of: cluster, &state) }
-            adopt(table: run, &state)
+            replaceTable(old, by: run, &state)
         }
+    }
+
+    /// The table lies at `run` from the next commit on.
+    func replaceTable(_ old: ClusterRun, by run: ClusterRun, _ state: inout State) {
+        state.tableOffset = run.first &<< clusterBits
+        state.tableHasMoved = true
         state.dropped.append(old)
+        guarded.add(run)
         guarded.remove(old)
     }
 
-    private func adopt(table run: ClusterRun, _ state: inout State) {
-        state.tableOffset = run.first &<< clusterBits
-        state.tableHasMoved = true
-        guarded.add(run)
+    func checkTableLength(_ clusterCount: UInt64) throws(ImageError) {
+        let limit = max(Limits.refcountTableByteCount, clusterByteCount)
+        guard clusterCount &<< clusterBits > limit else { return }
+        throw ImageError(
+            .system(.noSpace, operation: "the refcount table cannot grow any more"), file: file.name)
     }
 
-    private func checkRoom(_ run: ClusterRun) throws(ImageError) {
+    func checkRoom(_ run: ClusterRun) throws(ImageError) {
         guard run.end &<< clusterBits <= Limits.hostOffset, run.end < 1 &<< (63 &- clusterBits) else {
             throw ImageError(
                 .system(.noSpace, operation: "the image has no host offsets left"), file: file.name)

@@ -67,7 +67,8 @@ package final class ClusterAllocator: Sendable {
     }
 
     func tableClusters(offset: UInt64, entryCount: Int) -> ClusterRun {
-        ClusterRun(first: offset &>> clusterBits, count: UInt64(entryCount) &* 8 &>> clusterBits)
+        ClusterRun(
+            first: offset &>> clusterBits, count: (UInt64(entryCount) &* 8) &>> clusterBits)
     }
 
     /// Bytes of a cluster.

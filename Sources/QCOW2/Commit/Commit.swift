@@ -18,8 +18,6 @@ package final class Commit: Sendable {
     private let allocator: ClusterAllocator
     private let header: HeaderSector
     private let logger: Logger
-    /// Called with host bytes that are about to become free.
-    private let willFree: @Sendable (Range<UInt64>) -> Void
     private let state: Monitor<State>
 
     private struct State {
@@ -36,14 +34,13 @@ package final class Commit: Sendable {
 
     package init(
         file: HostFile, map: ClusterMap, allocator: ClusterAllocator, header: HeaderSector,
-        logger: Logger, willFree: @escaping @Sendable (Range<UInt64>) -> Void
+        logger: Logger
     ) {
         self.file = file
         self.map = map
         self.allocator = allocator
         self.header = header
         self.logger = logger
-        self.willFree = willFree
         state = Monitor(State())
     }
 
@@ -188,7 +185,6 @@ package final class Commit: Sendable {
         let freed = try allocator.drop(dropped.sorted { $0.first < $1.first })
         for run in freed {
             let range = run.first &<< map.clusterBits..<run.end &<< map.clusterBits
-            willFree(range)
             // Less than a page of the file system: it would be zeroed, not given back.
             if range.upperBound &- range.lowerBound >= 4096 { file.punchHole(range) }
         }

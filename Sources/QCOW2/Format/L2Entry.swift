@@ -34,6 +34,9 @@ package struct L2Entry: Equatable, Sendable {
 
     /// The same entry in a table that is, or may be, shared.
     @inline(__always) package var withoutCopied: L2Entry { L2Entry(bits: bits & ~L2Entry.copied) }
+    package func withCopied(_ isCopied: Bool) -> L2Entry {
+        L2Entry(bits: isCopied ? bits | L2Entry.copied : bits & ~L2Entry.copied)
+    }
     @inline(__always) package var withZeroFlag: L2Entry { L2Entry(bits: bits | L2Entry.zero) }
 }
 

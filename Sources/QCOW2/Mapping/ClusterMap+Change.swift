@@ -67,6 +67,17 @@ extension ClusterMap {
         }
     }
 
+    /// Sets or clears COPIED of an L1 entry.
+    package func setCopied(_ isCopied: Bool, ofTable index: Int) {
+        state.withLock { state in
+            let entry = l1Entry(index)
+            guard entry.isCopied != isCopied else { return }
+            let bits = isCopied ? entry.bits | L1Entry.copied : entry.bits & ~L1Entry.copied
+            table.pointee.entries[index].store(bits, ordering: .releasing)
+            state.dirtyL1Pages.insert(index &>> 9)
+        }
+    }
+
     /// The cached slices of a table get what its copy on disk has.
     private func clearCopied(inTable index: Int, _ state: inout State) {
         let slicesPerTable = 1 &<< (tableBits &- sliceBits)
