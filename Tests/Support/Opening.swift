@@ -1,0 +1,39 @@
+package import QCOW2
+
+extension Image {
+    /// Opens the bytes of an image on a device in RAM.
+    package static func open(
+        bytes: [UInt8], backing: [Image.Backing] = [], options: OpenOptions = OpenOptions()
+    ) throws(ImageError) -> Image {
+        try open(
+            RecordingDevice(bytes, name: "test.qcow2", yielding: false), backing: backing,
+            options: options)
+    }
+
+    /// The guest bytes of `range`.
+    package func bytes(_ range: Range<Int>) throws(ImageError) -> [UInt8] {
+        var bytes = [UInt8](repeating: 0xDB, count: range.count)
+        var failure: ImageError?
+        bytes.withUnsafeMutableBytes { buffer in
+            do throws(ImageError) {
+                try read(into: buffer, at: UInt64(range.lowerBound))
+            } catch { failure = error }
+        }
+        if let failure { throw failure }
+        return bytes
+    }
+
+    package func write(_ bytes: [UInt8], at offset: Int) throws(ImageError) {
+        var failure: ImageError?
+        bytes.withUnsafeBytes { buffer in
+            do throws(ImageError) { try write(buffer, at: UInt64(offset)) } catch {
+                failure = error
+            }
+        }
+        if let failure { throw failure }
+    }
+}
+
+extension OpenOptions {
+    package static var readOnly: OpenOptions { OpenOptions(access: .readOnly) }
+}
