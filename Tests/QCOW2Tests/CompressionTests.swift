@@ -31,7 +31,7 @@ struct CompressionTests {
         let content = Noise.text(clusterSize + 1000)
         let stream = deflated(content)
         let decompressor = Decompressor(.deflate)
-        for _ in 0..<3 {    // the slow path's decoder is reused too
+        for _ in 0..<3 {  // the slow path's decoder is reused too
             let result = try inflated(decompressor, stream, clusterSize)
             #expect(result == Array(content[..<clusterSize]))
         }

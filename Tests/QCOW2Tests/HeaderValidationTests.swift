@@ -78,11 +78,13 @@ struct HeaderValidationTests {
         Case("header length 105", .malformed) { $0.put(UInt32(105), at: 100) },
         Case("header length over the cluster", .malformed) { $0.put(UInt32(65544), at: 100) },
         Case("header length 104", .opens, image: { with { $0.headerLength = 104 } }),
-        Case("header length 120 with unknown fields", .opens, image: {
-            var bytes = with { $0.headerLength = 120 }
-            bytes.put(UInt64(0x1234_5678), at: 112)
-            return bytes
-        }),
+        Case(
+            "header length 120 with unknown fields", .opens,
+            image: {
+                var bytes = with { $0.headerLength = 120 }
+                bytes.put(UInt64(0x1234_5678), at: 112)
+                return bytes
+            }),
         // Row 5: the backing file's name.
         Case("a backing name past the cluster", .malformed) { $0.put(UInt64(65537), at: 8) },
         Case("a backing name that leaves the cluster", .malformed) {
@@ -116,11 +118,13 @@ struct HeaderValidationTests {
         Case("corrupt, to be written", .markedCorrupt) { $0.put(UInt64(2), at: 72) },
         Case("corrupt, to be read", .opens, access: .readOnly) { $0.put(UInt64(2), at: 72) },
         // Row 9: extended L2 needs clusters of 16 KiB.
-        Case("extended L2 with small clusters", .refused, image: {
-            var image = HeaderValidationTests.image(clusterBits: 12)
-            image.incompatibleFeatures = 16
-            return image.build()
-        }),
+        Case(
+            "extended L2 with small clusters", .refused,
+            image: {
+                var image = HeaderValidationTests.image(clusterBits: 12)
+                image.incompatibleFeatures = 16
+                return image.build()
+            }),
         // Row 10: refcount width.
         Case("refcount order 7", .malformed) { $0.put(UInt32(7), at: 96) },
         Case("refcount order 0xFFFFFFFF", .malformed) { $0.put(UInt32.max, at: 96) },
@@ -153,25 +157,31 @@ struct HeaderValidationTests {
         Case("an L1 table too small for the size", .malformed) { $0.put(UInt32(0), at: 36) },
         Case("an unaligned L1 table", .malformed) { $0.put(UInt64(65536 + 8), at: 40) },
         Case("an L1 table at 2^63", .malformed) { $0.put(UInt64(1) << 63, at: 40) },
-        Case("more L1 entries than needed", .opens, image: {
-            var image = ImageBuilder(byteCount: 1.MiB, extraL1Entries: 7)
-            image.fill(0x11, guestCluster: 0)
-            return image.build()
-        }),
+        Case(
+            "more L1 entries than needed", .opens,
+            image: {
+                var image = ImageBuilder(byteCount: 1.MiB, extraL1Entries: 7)
+                image.fill(0x11, guestCluster: 0)
+                return image.build()
+            }),
         // Row 16: extensions.
-        Case("an unknown extension", .opens, image: {
-            with { $0.extensions = [(0x1234_5678, [1, 2, 3])] }
-        }),
+        Case(
+            "an unknown extension", .opens,
+            image: {
+                with { $0.extensions = [(0x1234_5678, [1, 2, 3])] }
+            }),
         Case("an extension that leaves the area", .malformed) {
             $0.put(UInt32(0x1234_5678), at: extensionArea)
             $0.put(UInt32.max >> 1, at: extensionArea + 4)
         },
-        Case("a bitmaps extension of 23 bytes", .malformed, image: {
-            with {
-                $0.extensions = [(0x2385_2875, [UInt8](repeating: 0, count: 23))]
-                $0.autoclearFeatures = 1
-            }
-        }),
+        Case(
+            "a bitmaps extension of 23 bytes", .malformed,
+            image: {
+                with {
+                    $0.extensions = [(0x2385_2875, [UInt8](repeating: 0, count: 23))]
+                    $0.autoclearFeatures = 1
+                }
+            }),
         Case("a bitmaps bit without extension", .opens) { $0.put(UInt64(1), at: 88) },
         // Row 17: the raw data bit.
         Case("the raw data bit without a data file", .refused) { $0.put(UInt64(2), at: 88) },
@@ -205,7 +215,9 @@ struct HeaderValidationTests {
         #expect(!words.contains("\n") && !words.hasSuffix("."))
     }
 
-    @Test("every refusal leaves the bytes as they were", arguments: cases.filter { $0.verdict != .opens })
+    @Test(
+        "every refusal leaves the bytes as they were",
+        arguments: cases.filter { $0.verdict != .opens })
     func leavesBytes(_ example: Case) {
         let bytes = example.make()
         let device = RecordingDevice(bytes, yielding: false)

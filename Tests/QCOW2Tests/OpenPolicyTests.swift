@@ -1,7 +1,6 @@
 import Glibc
-import Testing
-
 import QCOW2
+import Testing
 
 @Suite("Which backing file an image may make us open")
 struct OpenPolicyTests {

@@ -48,22 +48,27 @@ struct ReferenceReaderTests {
         #expect(audit.leakCount == 0)
     }
 
-    @Test("inflates what qemu-img compresses", arguments: [512, 4096, 65536, 2 << 20], [
-        "zlib", "zstd",
-    ])
+    @Test(
+        "inflates what qemu-img compresses", arguments: [512, 4096, 65536, 2 << 20],
+        [
+            "zlib", "zstd",
+        ])
     func readsCompressed(clusterSize: Int, type: String) throws {
         let folder = try TemporaryDirectory()
         let raw = folder.file("disk.raw")
         let model = ReferenceDisk(byteCount: 4.MiB)
         var random = RepeatableRandom(seed: 7)
         for offset in stride(from: 0, to: model.byteCount, by: 8) {
-            model.bytes.storeBytes(of: random.next() & 0xff00ff, toByteOffset: offset, as: UInt64.self)
+            model.bytes.storeBytes(
+                of: random.next() & 0xff00ff, toByteOffset: offset, as: UInt64.self)
         }
         try model.save(to: raw)
         let image = folder.file("disk.qcow2")
-        try QemuImg.convert(raw, to: image, flags: [
-            "-c", "-o", "cluster_size=\(clusterSize),compression_type=\(type)",
-        ])
+        try QemuImg.convert(
+            raw, to: image,
+            flags: [
+                "-c", "-o", "cluster_size=\(clusterSize),compression_type=\(type)",
+            ])
         let reference = try ReferenceImage(image)
         #expect(try reference.firstDifference(from: model) == nil)
         #expect(try reference.qcow2.audit().faults == [])

@@ -1,7 +1,6 @@
 import Glibc
-import Testing
-
 import QCOW2
+import Testing
 
 @Suite("Bytes at offsets: files and memory")
 struct StorageTests {
@@ -58,7 +57,9 @@ struct StorageTests {
         try device.flush()
     }
 
-    @Test("So does one past the page cache, with any alignment", arguments: 1...4 as ClosedRange<UInt64>)
+    @Test(
+        "So does one past the page cache, with any alignment",
+        arguments: 1...4 as ClosedRange<UInt64>)
     func direct(seed: UInt64) throws {
         let device = try FileDevice(
             path: try place.file("a"), access: .readWrite, bypassesPageCache: true)
@@ -124,7 +125,8 @@ struct StorageTests {
     func pastTheEnd() throws {
         for device: any BlockDevice in [
             try FileDevice(path: try place.file("a", [1]), access: .readOnly),
-            try FileDevice(path: try place.file("a", [1]), access: .readOnly, bypassesPageCache: true),
+            try FileDevice(
+                path: try place.file("a", [1]), access: .readOnly, bypassesPageCache: true),
             RAMDisk(byteCount: 1),
         ] {
             for offset in [1, 4096, UInt64(Int64.max) - 1, UInt64(Int64.max), .max] {
@@ -173,7 +175,8 @@ struct ImageLockTests {
     func device() throws -> FileDevice { try FileDevice(path: path, access: .readOnly) }
 
     func expectLocked(
-        _ mode: ImageLock.Mode, _ device: FileDevice, sourceLocation: SourceLocation = #_sourceLocation
+        _ mode: ImageLock.Mode, _ device: FileDevice,
+        sourceLocation: SourceLocation = #_sourceLocation
     ) {
         do throws(ImageError) {
             try ImageLock.take(mode, on: device)

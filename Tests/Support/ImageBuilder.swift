@@ -232,7 +232,8 @@ package struct ImageBuilder {
     private mutating func placeRefcounts() -> Range<Int> {
         let bits = 1 << refcountOrder
         let perBlock = clusterSize * 8 / bits
-        var blocks = 0, tables = 1
+        var blocks = 0
+        var tables = 1
         while true {
             let needed = (counts.count + blocks + tables + perBlock - 1) / perBlock
             let tablesNeeded = (needed * 8 + clusterSize - 1) / clusterSize

@@ -11,7 +11,8 @@ package final class ReferenceDisk: @unchecked Sendable {
         self.byteCount = byteCount
         // Anonymous memory reads as zeros and takes no room where nothing was written.
         let memory = mmap(
-            nil, max(byteCount, 1), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS
+            nil, max(byteCount, 1), PROT_READ | PROT_WRITE,
+            MAP_PRIVATE | MAP_ANONYMOUS
                 | MAP_NORESERVE, -1, 0)
         precondition(memory != MAP_FAILED, "no room for a model of \(byteCount) bytes")
         bytes = UnsafeMutableRawBufferPointer(start: memory, count: byteCount)

@@ -84,6 +84,8 @@ extension ReferenceReader {
 
 extension UnsafeMutableRawBufferPointer {
     package func fillZero() {
-        if let base = baseAddress { base.initializeMemory(as: UInt8.self, repeating: 0, count: count) }
+        if let base = baseAddress {
+            base.initializeMemory(as: UInt8.self, repeating: 0, count: count)
+        }
     }
 }

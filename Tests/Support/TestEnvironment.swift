@@ -23,7 +23,7 @@ package enum TestEnvironment {
 
     /// Whether a FUSE file system can be mounted here.
     package static let canMount: Bool =
-access("/dev/fuse", W_OK) == 0
+        access("/dev/fuse", W_OK) == 0
 
     /// Whether loop devices can be attached and file systems mounted on them.
     package static let canLoop: Bool =

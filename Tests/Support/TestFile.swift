@@ -57,7 +57,8 @@ package final class TestFile: Sendable {
     package func write(_ bytes: UnsafeRawBufferPointer, at offset: Int) throws {
         var total = 0
         while total < bytes.count {
-            total += try writeOnce(UnsafeRawBufferPointer(rebasing: bytes[total...]),
+            total += try writeOnce(
+                UnsafeRawBufferPointer(rebasing: bytes[total...]),
                 at: offset + total)
         }
     }

@@ -41,8 +41,9 @@ extension UnsafeRawBufferPointer {
         for index in 0..<size {
             let position = offset &+ index
             let byte = position >= 0 && position < count ? self[position] : 0
-            number = Number(truncatingIfNeeded: (UInt64(truncatingIfNeeded: number) << 8)
-                | UInt64(byte))
+            number = Number(
+                truncatingIfNeeded: (UInt64(truncatingIfNeeded: number) << 8)
+                    | UInt64(byte))
         }
         return number
     }

@@ -9,9 +9,12 @@ struct CopyTests {
     func sparseCopy() throws {
         let folder = try TemporaryDirectory()
         let image = folder.file("disk.qcow2")
-        try makeImage(image, size: 64.MiB, commands: [
-            "write -q -P 1 0 3M", "write -q -P 2 17M 64k", "write -q -z 20M 1M", "write -q -P 3 63M 1M",
-        ])
+        try makeImage(
+            image, size: 64.MiB,
+            commands: [
+                "write -q -P 1 0 3M", "write -q -P 2 17M 64k", "write -q -z 20M 1M",
+                "write -q -P 3 63M 1M",
+            ])
         let mount = try TestMount(image, in: folder)
         let copy = folder.file("copy.raw")
         try Command.require("cp", "--sparse=always", mount.disk, copy)

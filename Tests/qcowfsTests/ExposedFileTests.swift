@@ -10,7 +10,8 @@ struct ExposedFileTests {
     /// Mounts a fresh image and hands its open file to `body`; the image must be clean after.
     private func onDisk(
         size: Int = size, options: [String] = [], mountOptions: [String] = [],
-        flags: Int32 = O_RDWR, prepare: (TemporaryDirectory, String) throws -> Void = { folder, path in
+        flags: Int32 = O_RDWR,
+        prepare: (TemporaryDirectory, String) throws -> Void = { folder, path in
             try makeImage(path)
         }, _ body: (TestFile, TestMount) throws -> Void
     ) throws {
@@ -102,7 +103,9 @@ struct ExposedFileTests {
 
     @Test("refuses a size that is no multiple of 512 with EINVAL")
     func oddSize() throws {
-        try onDisk { (file, _) throws in expectError(EINVAL) { try file.truncate(to: Self.size + 100) } }
+        try onDisk { (file, _) throws in
+            expectError(EINVAL) { try file.truncate(to: Self.size + 100) }
+        }
     }
 
     @Test("refuses to shrink with EPERM")
@@ -252,11 +255,12 @@ struct ExposedFileTests {
 
     @Test("a size that is no multiple of 512 is shown rounded down")
     func roundsSizeDown() throws {
-        try onDisk(prepare: { folder, path in
-            var bytes = ImageBuilder(byteCount: 65536).build()
-            bytes.put(UInt64(65543), at: 24)
-            _ = try folder.write(bytes, to: "disk.qcow2")
-        }, { (file, _) throws in #expect(try file.byteCount() == 65536) })
+        try onDisk(
+            prepare: { folder, path in
+                var bytes = ImageBuilder(byteCount: 65536).build()
+                bytes.put(UInt64(65543), at: 24)
+                _ = try folder.write(bytes, to: "disk.qcow2")
+            }, { (file, _) throws in #expect(try file.byteCount() == 65536) })
     }
 
     @Test("inode numbers stay over remounts")

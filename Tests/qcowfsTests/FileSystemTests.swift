@@ -138,8 +138,10 @@ struct FileSystemTests {
         let mounted = try FileSystemMount(loop.path, on: folder.file("fs"))
         let size = TestEnvironment.isLong ? 400 : 96
         try Command.require(
-            "fio", "--name=verify", "--directory=\(mounted.path)", "--rw=randwrite", "--bsrange=4k-64k",
-            "--size=\(size)M", "--numjobs=2", "--verify=crc32c", "--verify_fatal=1", "--do_verify=1",
+            "fio", "--name=verify", "--directory=\(mounted.path)", "--rw=randwrite",
+            "--bsrange=4k-64k",
+            "--size=\(size)M", "--numjobs=2", "--verify=crc32c", "--verify_fatal=1",
+            "--do_verify=1",
             "--fsync=200", "--randseed=\(TestEnvironment.seed)", "--group_reporting",
             "--output=/dev/null", timeout: 600)
         try Command.require("sync", "-f", mounted.path)
@@ -156,7 +158,8 @@ struct FileSystemTests {
         try loop.detach()
         try mount.unmount()
         let empty = try blocks(image)
-        print("• \(kind): the image takes \(full / 2048) MiB full, \(empty / 2048) MiB after fstrim")
+        print(
+            "• \(kind): the image takes \(full / 2048) MiB full, \(empty / 2048) MiB after fstrim")
         #expect(empty < full - size * 2048, "fstrim gave nothing back")
         let check = try QemuImg.check(image)
         #expect(check.status == 0, "\(check)")
@@ -172,7 +175,8 @@ struct FileSystemTests {
         let image = folder.file("disk.qcow2")
         try QemuImg.create(image, size: 256.MiB, options: ["cluster_size=4096"])
         let mount = try TestMount(image, in: folder)
-        try Command.require("mkfs.ext4", "-q", "-F", "-d", "/usr/share/perl", mount.disk, timeout: 300)
+        try Command.require(
+            "mkfs.ext4", "-q", "-F", "-d", "/usr/share/perl", mount.disk, timeout: 300)
         try Command.require("e2fsck", "-f", "-n", mount.disk, timeout: 300)
         try mount.unmount()
         #expect(try QemuImg.check(image).status == 0)

@@ -5,7 +5,8 @@ import Testing
 /// How a mount begins and ends.
 @Suite("Lifecycle", .serialized, .enabledWhereMountable)
 struct LifecycleTests {
-    private func image(_ folder: TemporaryDirectory, _ name: String = "disk.qcow2") throws -> String {
+    private func image(_ folder: TemporaryDirectory, _ name: String = "disk.qcow2") throws -> String
+    {
         let path = folder.file(name)
         try makeImage(path)
         return path
@@ -21,7 +22,8 @@ struct LifecycleTests {
     func directoryMountpoint() throws {
         let folder = try TemporaryDirectory()
         let mount = try TestMount(try image(folder), in: folder)
-        #expect(try FileManager.default.contentsOfDirectory(atPath: mount.mountpoint) == ["disk.raw"])
+        #expect(
+            try FileManager.default.contentsOfDirectory(atPath: mount.mountpoint) == ["disk.raw"])
         try mount.unmount()
         #expect(try FileManager.default.contentsOfDirectory(atPath: mount.mountpoint) == [])
     }
@@ -60,7 +62,8 @@ struct LifecycleTests {
         let folder = try TemporaryDirectory()
         let mountpoint = try folder.directory("mnt")
         _ = try folder.directory("other")
-        let first = try image(folder), second = try image(folder, "other/disk.qcow2")
+        let first = try image(folder)
+        let second = try image(folder, "other/disk.qcow2")
         expectRefusal(try qcowfs("mount", first, second, mountpoint), naming: "disk.raw")
         let mount = try TestMount([first], on: mountpoint, options: ["--name", "root.raw"])
         let names = try FileManager.default.contentsOfDirectory(atPath: mountpoint)
@@ -74,11 +77,15 @@ struct LifecycleTests {
         let mountpoint = try folder.directory("mnt")
         let image = try image(folder)
         let result = try qcowfs(
-            image, mountpoint, "-o", "ro,noauto,nofail,x-systemd.automount,_netdev,commit-interval=1")
+            image, mountpoint, "-o",
+            "ro,noauto,nofail,x-systemd.automount,_netdev,commit-interval=1")
         #expect(result.status == 0, "\(result)")
         #expect(throws: CallError.self) { try TestFile(mountpoint + "/disk.raw", O_RDWR) }
         let table = try String(contentsOfFile: "/proc/self/mounts", encoding: .utf8)
-        #expect(table.split(separator: "\n").contains { $0.contains(mountpoint) && $0.contains("fuse.qcowfs") })
+        #expect(
+            table.split(separator: "\n").contains {
+                $0.contains(mountpoint) && $0.contains("fuse.qcowfs")
+            })
         #expect(try qcowfs("umount", mountpoint).status == 0)
     }
 
@@ -89,7 +96,10 @@ struct LifecycleTests {
         let image = try image(folder)
         let started = Date()
         try Command.shell(
-            "x=$(env -i \(TestEnvironment.program) mount \(image) \(mountpoint) 2>&1); test -z \"$x\"",
+            """
+            x=$(env -i \(TestEnvironment.program) mount \(image) \(mountpoint) 2>&1)
+            test -z "$x"
+            """,
             timeout: 20)
         #expect(Date().timeIntervalSince(started) < 5)
         #expect(TestMount.daemons(naming: mountpoint).count == 1)

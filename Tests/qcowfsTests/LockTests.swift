@@ -7,7 +7,8 @@ import Testing
 struct LockTests {
     private func chain() throws -> (folder: TemporaryDirectory, top: String, base: String) {
         let folder = try TemporaryDirectory()
-        let base = folder.file("base.qcow2"), top = folder.file("top.qcow2")
+        let base = folder.file("base.qcow2")
+        let top = folder.file("top.qcow2")
         try makeImage(base)
         try QemuImg.create(top, backing: "base.qcow2")
         return (folder, top, base)
@@ -18,7 +19,9 @@ struct LockTests {
     }
 
     /// Keeps qemu-io open on `path` while `body` runs.
-    private func whileQEMUHas(_ path: String, flags: [String] = [], _ body: () throws -> Void) throws {
+    private func whileQEMUHas(_ path: String, flags: [String] = [], _ body: () throws -> Void)
+        throws
+    {
         var ends: [Int32] = [0, 0]
         try #require(pipe2(&ends, O_CLOEXEC) == 0)
         let holder = try Command.start(

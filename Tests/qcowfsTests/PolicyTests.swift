@@ -22,19 +22,23 @@ struct PolicyTests {
         return (folder, try folder.write(image.build(), to: "images/top.qcow2"))
     }
 
-    @Test("refuses a backing file outside of the image's directory, however it is named", arguments: [
-        "FOLDER/base.qcow2", "../base.qcow2", "link.qcow2", "./../base.qcow2", "/etc/passwd",
-    ])
+    @Test(
+        "refuses a backing file outside of the image's directory, however it is named",
+        arguments: [
+            "FOLDER/base.qcow2", "../base.qcow2", "link.qcow2", "./../base.qcow2", "/etc/passwd",
+        ])
     func outside(name: String) throws {
         let (folder, image) = try overlay(name)
         try expectMountRefused(
             image, in: folder, naming: ["top.qcow2", "--allow-path", "--trust-paths"])
     }
 
-    @Test("refuses what is no plain local path", arguments: [
-        "json:{\"driver\":\"qcow2\"}", "nbd://127.0.0.1:10809/x", "file:inside.qcow2",
-        "nbd:unix:/tmp/x", "https://example.org/x",
-    ])
+    @Test(
+        "refuses what is no plain local path",
+        arguments: [
+            "json:{\"driver\":\"qcow2\"}", "nbd://127.0.0.1:10809/x", "file:inside.qcow2",
+            "nbd:unix:/tmp/x", "https://example.org/x",
+        ])
     func schemes(name: String) throws {
         let (folder, image) = try overlay(name)
         try expectMountRefused(image, in: folder, naming: ["top.qcow2"])
@@ -49,10 +53,12 @@ struct PolicyTests {
             image, in: folder, options: ["--trust-paths"], naming: ["top.qcow2"])
     }
 
-    @Test("opens what lies inside, by relative, absolute and linked names", arguments: [
-        "inside.qcow2", "./inside.qcow2", "FOLDER/images/inside.qcow2", "inner.qcow2",
-        "../images/inside.qcow2",
-    ])
+    @Test(
+        "opens what lies inside, by relative, absolute and linked names",
+        arguments: [
+            "inside.qcow2", "./inside.qcow2", "FOLDER/images/inside.qcow2", "inner.qcow2",
+            "../images/inside.qcow2",
+        ])
     func inside(name: String) throws {
         let (folder, image) = try overlay(name)
         let mount = try TestMount(image, in: folder)

@@ -9,7 +9,8 @@ func qcowfs(_ words: String..., timeout: Double = 60) throws -> Command.Result {
 
 /// Expects exit status 1 and exactly one line on stderr, `qcowfs: …`, with all of `words` in it.
 func expectRefusal(
-    _ result: Command.Result, naming words: String..., sourceLocation: SourceLocation = #_sourceLocation
+    _ result: Command.Result, naming words: String...,
+    sourceLocation: SourceLocation = #_sourceLocation
 ) {
     let lines = result.errors.split(separator: "\n", omittingEmptySubsequences: false)
     #expect(result.status == 1, "\(result)", sourceLocation: sourceLocation)

@@ -38,8 +38,9 @@ struct RandomRunTests {
         // Per cluster size: v2 with three other widths (24), v2 zstd, v2 zero clusters, and
         // snapshots with 1-bit counts.
         #expect(excluded.count == 4 * (24 + 1 + 1 + 1))
-        print("• \(Combination.allowed.count) combinations; left out: "
-            + Set(excluded.compactMap(\.exclusion)).sorted().joined(separator: "; "))
+        print(
+            "• \(Combination.allowed.count) combinations; left out: "
+                + Set(excluded.compactMap(\.exclusion)).sorted().joined(separator: "; "))
     }
 
     @Test("QEMU refuses what the random runs leave out", .enabledWhereMountable)

@@ -120,10 +120,12 @@ struct RefusalTests {
         expectRefusal(try qcowfs("mount", image, "/dev/null"), naming: "/dev/null")
     }
 
-    @Test("wrong usage ends with 64", arguments: [
-        ["mount"], ["mount", "--no-such-option", "a", "b"], ["frobnicate"], ["umount"],
-        ["mount", "--cache-size", "lots", "a", "b"],
-    ])
+    @Test(
+        "wrong usage ends with 64",
+        arguments: [
+            ["mount"], ["mount", "--no-such-option", "a", "b"], ["frobnicate"], ["umount"],
+            ["mount", "--cache-size", "lots", "a", "b"],
+        ])
     func usage(words: [String]) throws {
         let result = try Command.run([TestEnvironment.program] + words)
         #expect(result.status == 64, "\(result)")
