@@ -65,10 +65,11 @@ package final class ClusterMap: Sendable {
             entryBits: Int(sliceBits),
             byteCount: min(cacheByteCount, max(Int(header.l1EntryCount), 1) << Int(clusterBits)))
         state = Monitor(State(marks: Array(repeating: [], count: cache.slotCount)))
+        // Read before there is a place for it: `deinit` destroys what stands in that place.
+        let read = try ClusterMap.readL1Table(
+            in: file, offset: header.l1Offset, count: Int(header.l1EntryCount))
         table = .allocate(capacity: 1)
-        table.initialize(
-            to: try ClusterMap.readL1Table(
-                in: file, offset: header.l1Offset, count: Int(header.l1EntryCount)))
+        table.initialize(to: read)
     }
 
     deinit {
