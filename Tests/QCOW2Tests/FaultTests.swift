@@ -68,7 +68,9 @@ struct FaultTests {
     private func judge(_ device: RecordingDevice, _ what: String) throws {
         try device.bytes.withUnsafeBytes { bytes in
             let reader = try ReferenceReader(bytes)
-            #expect(reader.audit().faults == [], "\(what)")
+            #expect(
+                reader.audit().faults == [],
+                "\(what); refcount table: \(reader.refcountTableClusters) clusters")
             let snapshot = try #require(try reader.snapshots().entries.first)
             for cluster in stride(from: 0, to: 128, by: 3) {
                 let kept = try reader.read(

@@ -168,8 +168,8 @@ struct ReadingTests {
     @Test(
         "Entries that break the format are an error for their own bytes only",
         arguments: [
-            UInt64(0x8000_0000_0001_0200), 0x8000_0000_0000_0800, 1 << 50 | 1 << 63,
-        ])
+            0x8000_0000_0001_0200, 0x8000_0000_0000_0800, 0x8004_0000_0000_0000,
+        ] as [UInt64])
     func brokenEntries(entry: UInt64) throws {
         var image = ImageBuilder(byteCount: 1.MiB)
         image.fill(0x11, guestCluster: 0)

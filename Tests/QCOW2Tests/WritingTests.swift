@@ -50,7 +50,7 @@ struct WritingTests {
                     [UInt8](repeating: UInt8(cluster & 0xFF), count: size), at: cluster * size)
             }
             try image.discard(UInt64(100 * size)..<UInt64(200 * size))
-        } judge: { reader in
+        } judge: { (reader) throws in
             #expect(try holds(reader, 0..<size, 0) && holds(reader, 3 * size..<4 * size, 3))
             #expect(try holds(reader, 100 * size..<200 * size, 0))
             #expect(try holds(reader, 598 * size..<599 * size, UInt8(598 & 0xFF)))
@@ -71,8 +71,8 @@ struct WritingTests {
                 try image.write([UInt8](repeating: 0x42, count: 256.KiB), at: start)
                 try image.flush()
             }
-        } judge: {
-            #expect(try holds($0, 0..<6.MiB, 0x42))
+        } judge: { (reader) throws in
+            #expect(try holds(reader, 0..<6.MiB, 0x42))
         }
     }
 
@@ -121,7 +121,7 @@ struct WritingTests {
         builder.compress([UInt8](repeating: 0x5B, count: 65536), guestCluster: 1)
         try change(builder) { image in
             try image.write([9], at: 10)
-        } judge: { reader in
+        } judge: { (reader) throws in
             #expect(try reader.read(9..<12) == [0x5A, 9, 0x5A])
             #expect(try holds(reader, 65536..<131072, 0x5B))
         }
@@ -139,7 +139,7 @@ struct WritingTests {
             try image.write([0xFE], at: 65536 + 7)
             try image.discard(131072..<196608)
             try image.write([0xFD], at: 8 * 65536)
-        } judge: { reader in
+        } judge: { (reader) throws in
             let snapshot = try #require(try reader.snapshots().entries.first)
             for cluster in 0..<8 {
                 let kept = try reader.read(
@@ -204,7 +204,7 @@ struct WritingTests {
         builder.autoclearFeatures = 1
         try change(builder) { image in
             try image.write([1], at: 70_000)
-        } judge: { reader in
+        } judge: { (reader) throws in
             #expect(reader.autoclearFeatures & 1 == 1)
             #expect(reader.bytes.number(at: directory + 12, as: UInt32.self) & 1 == 1)
         }
