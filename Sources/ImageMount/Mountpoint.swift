@@ -9,8 +9,8 @@ struct Mountpoint: Sendable {
 
     /// Takes away the dead mount of a killed daemon first, where there is one.
     init(_ path: String) throws(MountError) {
+        if Mounts.isDead(path) { try Self.clear(path) }
         var status = stat()
-        if stat(path, &status) != 0, errno == ENOTCONN { try Self.clear(path) }
         guard stat(path, &status) == 0 else { throw MountError(path, .last) }
         switch status.st_mode & S_IFMT {
         case S_IFDIR: isFile = false

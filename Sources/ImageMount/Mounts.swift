@@ -72,7 +72,8 @@ public enum Mounts {
 
     /// Whether nobody serves a mount any more.
     static func isDead(_ mountpoint: String) -> Bool {
-        var status = stat()
-        return stat(mountpoint, &status) != 0 && (errno == ENOTCONN || errno == ECONNABORTED)
+        // The kernel may still know the attributes of a dead mount, but not its space.
+        var report = statvfs()
+        return statvfs(mountpoint, &report) != 0 && (errno == ENOTCONN || errno == ECONNABORTED)
     }
 }

@@ -8,9 +8,10 @@ enum Background {
 
     /// The descriptors that this process was started with, besides the standard three.
     static func inheritedDescriptors() -> [Int32] {
-        TextFile.names(in: "/proc/self/fd").compactMap { Int32($0) }.filter {
-            // The one that the list was read with is closed by now.
-            $0 > STDERR_FILENO && fcntl($0, F_GETFD) >= 0
+        TextFile.names(in: "/proc/self/fd").compactMap { Int32($0) }.filter { descriptor in
+            // Those that were opened since do not survive an exec; one is closed by now.
+            let flags = fcntl(descriptor, F_GETFD)
+            return descriptor > STDERR_FILENO && flags >= 0 && flags & FD_CLOEXEC == 0
         }
     }
 
