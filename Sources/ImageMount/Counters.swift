@@ -1,8 +1,10 @@
 internal import Glibc
 internal import Synchronization
 
-/// What a mount has done since it was made; counted by every request.
+/// What a mount has done since it was made, counted by every request, and whether it still does.
 struct Counters: ~Copyable, Sendable {
+    /// Set when the images are about to be closed under clients that cannot be waited for.
+    let isEnding = Atomic(false)
     let reads = OperationCounter()
     let writes = OperationCounter()
     let flushes = OperationCounter()

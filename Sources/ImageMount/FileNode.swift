@@ -72,12 +72,25 @@ extension FileNode {
 
     /// Opens the file for a client, and the image where it is not open.
     borrowing func open(isWriter: Bool, prefersDirect: Bool) throws(SystemError) -> Opening {
-        try locked { state throws(SystemError) in
+        waitForOthers(wantedMode: prefersDirect ? .direct : .cached)
+        return try locked { state throws(SystemError) in
             let image = try Self.image(in: &state, opener: opener)
             let isFresh = state.counts.handleCount == 0 && state.wasClosed
             if isFresh { state.wasClosed = false }
             let mode = state.counts.admit(isWriter: isWriter, prefersDirect: prefersDirect)
             return Opening(image: image, mode: mode, keepsCache: !isFresh)
+        }
+    }
+
+    /// Gives handles of the other mode a moment to go: a client's close returns before we hear of it,
+    /// and one that closes and opens again should get what it asks for.
+    private borrowing func waitForOthers(wantedMode: OpenCounts.Mode) {
+        for _ in 0..<15 {
+            let isFree = state.withLock {
+                $0.counts.handleCount == 0 || $0.counts.mode == wantedMode
+            }
+            if isFree { return }
+            usleep(200)
         }
     }
 

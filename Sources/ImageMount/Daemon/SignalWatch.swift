@@ -74,6 +74,8 @@ final class SignalWatch: Sendable {
     private func endAnyway() -> Never {
         // Whoever is not using the mount has ended the loop by now, and the process with it.
         usleep(300_000)
+        daemon.counters.pointer.pointee.isEnding.store(true, ordering: .sequentiallyConsistent)
+        usleep(20_000)
         let trouble = daemon.closeImages()
         if let trouble { daemon.options.logger.error("\(trouble)") }
         if let pidFile = daemon.options.pidFile { unlink(pidFile) }

@@ -1,5 +1,6 @@
 internal import CFuse3
 internal import Glibc
+internal import Synchronization
 
 extension fuse_lowlevel_ops {
     /// The requests that are answered, one line each; libfuse answers the others with ENOSYS.
@@ -87,7 +88,12 @@ private func serve(
     _ request: fuse_req_t?, _ body: (borrowing MountContext, consuming Reply) -> Void
 ) {
     guard let request, let context = fuse_req_userdata(request) else { return }
-    body(context.assumingMemoryBound(to: MountContext.self).pointee, Reply(request))
+    let mount = context.assumingMemoryBound(to: MountContext.self)
+    if mount.pointee.counters.pointer.pointee.isEnding.load(ordering: .relaxed) {
+        Reply(request).status(EIO)
+    } else {
+        body(mount.pointee, Reply(request))
+    }
 }
 
 /// Answers a request that comes without what it is about.
