@@ -19,9 +19,7 @@ func answerRead(
     var owed: Reply? = consume reply
     do throws(ImageError) {
         // The pieces stay as they are until the reply has been given: it is given inside.
-        let status = try image.pointee.image.withPieces(
-            at: offset, count: count, scratch: scratch.bytes, pieces: scratch.pieces
-        ) { pieces -> Int32 in
+        let status = try image.pointee.withPieces(at: offset, count: count, scratch) { pieces in
             owed.take()?.data(pieces) ?? 0
         }
         context.counters.pointer.pointee.reads.add(count, since: start)

@@ -44,7 +44,7 @@ struct Scratch {
     }
 
     @inline(__always)
-    private init(_ memory: UnsafeMutableRawPointer) {
+    init(_ memory: UnsafeMutableRawPointer) {
         bytes = UnsafeMutableRawBufferPointer(start: memory, count: Self.byteCount)
         let list = (memory + Self.byteCount).assumingMemoryBound(to: iovec.self)
         pieces = UnsafeMutableBufferPointer(start: list, count: Self.pieceCount)
