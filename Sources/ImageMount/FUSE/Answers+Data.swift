@@ -40,9 +40,13 @@ private func reportLostReply(
     context.log.once("\(image.pointee.path): a file of the image was cut short or cannot be read")
 }
 
+/// Answers a write.
+///
+/// - Parameter isFromCache: the kernel has kept the bytes for a while, and believes the file to be
+///   as large as they reach; a short answer would tell nobody that they do not all fit.
 func answerWrite(
-    _ bytes: UnsafeRawBufferPointer, at offset: UInt64, _ number: fuse_ino_t, _ handle: Handle,
-    _ context: borrowing MountContext, _ reply: consuming Reply
+    _ bytes: UnsafeRawBufferPointer, at offset: UInt64, isFromCache: Bool, _ number: fuse_ino_t,
+    _ handle: Handle, _ context: borrowing MountContext, _ reply: consuming Reply
 ) {
     guard let image = handle.image else { return reply.status(EBADF) }
     let start = OperationCounter.now()
@@ -50,6 +54,7 @@ func answerWrite(
         let count = try image.pointee.write(bytes, at: offset)
         // Counted before the answer: whoever asks after it finds the write.
         context.counters.pointer.pointee.writes.add(count, since: start)
+        guard count == bytes.count || !isFromCache || !context.writesBack else { throw .noSpace }
         reply.written(count)
     } catch {
         // The kernel that writes back has already believed the larger size.

@@ -56,8 +56,11 @@ extension fuse_lowlevel_ops {
         operations.write = { request, number, data, count, offset, info in
             guard let handle = Handle(info) else { return refuse(request) }
             let bytes = UnsafeRawBufferPointer(start: data, count: count)
+            let isFromCache = info?.pointee.writepage == 1
             serve(request) {
-                answerWrite(bytes, at: UInt64(clamping: offset), number, handle, $0, $1)
+                answerWrite(
+                    bytes, at: UInt64(clamping: offset), isFromCache: isFromCache, number, handle,
+                    $0, $1)
             }
         }
         operations.fsync = { request, _, _, info in

@@ -25,8 +25,10 @@ final class OwnAccess: Sendable {
 
     private struct Queue: Sendable {
         var jobs: [Job] = []
-        /// Files whose size the kernel is about to be told.
-        var restoring: Set<fuse_ino_t> = []
+        /// Files whose size the kernel is about to be told…
+        var waiting: Set<fuse_ino_t> = []
+        /// …and the one whose size it is being told.
+        var restoring: fuse_ino_t?
     }
 
     private enum Job: Sendable {
@@ -161,7 +163,7 @@ extension OwnAccess {
 
     /// Has the kernel told the file's true size: while it writes back, it believes its own.
     func restoreSize(of number: fuse_ino_t) {
-        let isNew = queue.withLock { $0.restoring.insert(number).inserted }
+        let isNew = queue.withLock { $0.waiting.insert(number).inserted }
         if isNew { add(.restoreSize(number)) }
         kernelForgetsAttributes(of: number)
     }
@@ -169,14 +171,19 @@ extension OwnAccess {
     /// Waits a moment for a size that the kernel is being told.
     func waitForSize(of number: fuse_ino_t) {
         for _ in 0..<50 {
-            guard queue.withLock({ $0.restoring.contains(number) }) else { return }
+            let isAwaited = queue.withLock { $0.waiting.contains(number) || $0.restoring == number }
+            guard isAwaited else { return }
             usleep(2000)
         }
     }
 
     private func restore(_ number: fuse_ino_t) {
-        queue.withLock { _ = $0.restoring.remove(number) }
+        queue.withLock {
+            $0.waiting.remove(number)
+            $0.restoring = number
+        }
         if let node = node(number) { tellSize(of: node) }
+        queue.withLock { $0.restoring = nil }
     }
 
     /// Sets the file to the size it has.
