@@ -31,12 +31,12 @@ struct StoredRefcounts {
     /// The block that counts `cluster`.
     func blockIndex(of cluster: UInt64) -> UInt64 { cluster >> blockBits }
 
-    /// The count of a cluster, nil where its block does not lie at a cluster's start.
+    /// The count of a cluster, nil where its block lies where no block can.
     mutating func count(of cluster: UInt64) throws(ImageError) -> UInt64? {
         let index = cluster >> blockBits
         let offset = blockOffset(index)
         if offset == 0 { return 0 }
-        guard offset & (1 << clusterBits - 1) == 0 else { return nil }
+        guard offset & (1 << clusterBits - 1) == 0, offset <= UInt64(Int64.max) else { return nil }
         let inBlock = Int(cluster & (1 << blockBits - 1))
         if let block = blocks[index] {
             return block.withRawBytes { format.count(at: inBlock, in: $0) }
