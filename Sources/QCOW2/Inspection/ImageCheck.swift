@@ -34,8 +34,7 @@ public struct ImageCheck: Sendable, Equatable {
     public init(
         _ device: any BlockDevice, report: @escaping (CheckFinding) -> Void = { _ in }
     ) throws(ImageError) {
-        let header = try Header.read(from: device)
-        try Self.refuseUnsupported(header, file: device.name)
+        let header = try Header.readSupported(from: device)
         let tally = Tally(report: report)
         var walk = try ReferenceWalk(device, header: header, report: tally.add)
         try walk.run()
@@ -53,24 +52,6 @@ public struct ImageCheck: Sendable, Equatable {
         fragmentedClusterCount = walk.figures.fragmented
         compressedClusterCount = walk.figures.compressed
         imageEndOffset = (highest &+ 1) &* cluster
-    }
-
-    private static func refuseUnsupported(_ header: Header, file: String) throws(ImageError) {
-        let unknown = header.unknownIncompatibleFeatures
-        let features = header.incompatibleFeatures
-        let feature: Feature? =
-            if !unknown.names.isEmpty || unknown.bits != 0 {
-                .unknownIncompatible(names: unknown.names, bits: unknown.bits)
-            } else if features.contains(.extendedL2) {
-                .extendedL2
-            } else if features.contains(.externalDataFile) {
-                .externalDataFile
-            } else if header.encryptionMethod != 0 {
-                .encryption(method: header.encryptionMethod)
-            } else {
-                nil
-            }
-        if let feature { throw ImageError(.unsupported(feature), file: file) }
     }
 
     // MARK: Judging the counts
