@@ -88,6 +88,13 @@ struct CompressionTests {
         }
     }
 
+    @Test("A deflate stream that ends where the cluster is full is read, as QEMU does")
+    func deflateFull() throws {
+        let cluster = Noise.text(4096)
+        let stream = deflated(cluster, finishing: Z_SYNC_FLUSH)
+        #expect(try inflated(.deflate, stream, 4096) == cluster)
+    }
+
     // MARK: zstd
 
     @Test("A zstd frame fills a cluster of any size", arguments: clusterSizes)
