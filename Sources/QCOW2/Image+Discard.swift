@@ -162,6 +162,12 @@ extension Image {
         guard map.version == 3, try isHole(cluster) else { return try copyUp(cluster, writing) }
         try makeTableWritable(at: cluster.lowerBound, writing)
         let run = try allocate(1, writing)
+        do throws(ImageError) {
+            try top.file.reserve(run.first &<< map.clusterBits..<run.end &<< map.clusterBits)
+        } catch {
+            try writing.allocator.release(run)
+            throw error
+        }
         let new = L2Entry(copiedClusterAt: run.first &<< map.clusterBits).withZeroFlag
         try link(cluster.lowerBound &>> map.clusterBits, count: 1, writing) { _, _ in new }
     }

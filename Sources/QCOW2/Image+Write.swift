@@ -198,21 +198,10 @@ extension Image {
         let host = extent.host &- head
         let file = layers.pointee.file
         try checkTarget(host, map.clusterMask &+ 1, at: guest, writing)
-        try writeZeroes(host..<host &+ head)
+        try file.writeZeroes(host..<host &+ head)
         try file.write(UnsafeRawBufferPointer(rebasing: bytes[..<Int(count)]), at: extent.host)
-        try writeZeroes(extent.host &+ count..<host &+ map.clusterMask &+ 1)
+        try file.writeZeroes(extent.host &+ count..<host &+ map.clusterMask &+ 1)
         try link(guest &>> map.clusterBits, count: 1, writing) { _, _ in L2Entry(copiedClusterAt: host) }
         return Int(count)
-    }
-
-    /// Writes zeros to host bytes.
-    private func writeZeroes(_ host: Range<UInt64>) throws(ImageError) {
-        var offset = host.lowerBound
-        while offset < host.upperBound {
-            let count = min(host.upperBound &- offset, UInt64(ZeroArea.byteCount))
-            try layers.pointee.file.write(
-                UnsafeRawBufferPointer(start: zeroes, count: Int(count)), at: offset)
-            offset &+= count
-        }
     }
 }

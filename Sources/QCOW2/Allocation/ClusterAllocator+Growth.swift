@@ -48,7 +48,7 @@ extension ClusterAllocator {
     /// Writes an empty block to `cluster` and enters it into the table in memory.
     func place(block index: Int, at cluster: UInt64, _ state: inout State) throws(ImageError) {
         try checkRoom(ClusterRun(first: cluster, count: 1))
-        try writeZeroes(ClusterRun(first: cluster, count: 1))
+        try file.writeZeroes(cluster &<< clusterBits..<(cluster &+ 1) &<< clusterBits)
         state.table[index] = cluster &<< clusterBits
         state.waitingBlocks.insert(index)
         state.dirtyTablePages.insert(index &>> 9)
@@ -107,16 +107,6 @@ extension ClusterAllocator {
         }
         guard !guarded.overlaps(run.first &<< clusterBits, run.count &<< clusterBits) else {
             throw file.corrupt("metadata lies at 0x\(String(run.first &<< clusterBits, radix: 16)), which has no refcount")
-        }
-    }
-
-    private func writeZeroes(_ run: ClusterRun) throws(ImageError) {
-        let zeroes = UnsafeMutableRawBufferPointer.allocate(
-            byteCount: Int(clusterByteCount), alignment: 4096)
-        defer { zeroes.deallocate() }
-        zeroes.initializeMemory(as: UInt8.self, repeating: 0)
-        for cluster in run.first..<run.end {
-            try file.write(UnsafeRawBufferPointer(zeroes), at: cluster &<< clusterBits)
         }
     }
 

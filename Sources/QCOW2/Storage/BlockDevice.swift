@@ -23,6 +23,10 @@ public protocol BlockDevice: AnyObject, Sendable {
     /// Throws `.notSupported` where this device cannot, and has then changed nothing.
     func punchHole(_ range: Range<UInt64>) throws(SystemError)
 
+    /// Reserves space for `range`, growing the device where needed; what was written stays, new
+    /// bytes read as zeros (`fallocate`).  Throws `.notSupported` where this device cannot.
+    func reserve(_ range: Range<UInt64>) throws(SystemError)
+
     /// The first offset from `offset` on that may hold data, nil when only holes follow
     /// (`SEEK_DATA`).  A device that does not know says `offset`.
     func nextData(from offset: UInt64) throws(SystemError) -> UInt64?
@@ -52,6 +56,7 @@ extension BlockDevice {
     public func close() {}
     public var mappedBytes: UnsafeRawBufferPointer? { nil }
     public func punchHole(_ range: Range<UInt64>) throws(SystemError) { throw .notSupported }
+    public func reserve(_ range: Range<UInt64>) throws(SystemError) { throw .notSupported }
     public func nextData(from offset: UInt64) throws(SystemError) -> UInt64? {
         offset < (try byteCount()) ? offset : nil
     }

@@ -157,9 +157,7 @@ public final class FileDevice: BlockDevice {
         }
     }
 
-    /// Reserves space for `range`, growing the file where needed; new bytes read as zeros.
-    /// Throws `.notSupported` where the file system cannot.
-    package func reserve(_ range: Range<UInt64>) throws(SystemError) {
+    public func reserve(_ range: Range<UInt64>) throws(SystemError) {
         try Platform.reserve(descriptor, range)
     }
 

@@ -57,6 +57,29 @@ package final class HostFile: Sendable {
         try bytes.span.withUnsafeBytes { bytes throws(ImageError) in try write(bytes, at: offset) }
     }
 
+    /// Makes sure that `range`, whose bytes nobody needs, lies inside of the file and has space.
+    package func reserve(_ range: Range<UInt64>) throws(ImageError) {
+        try checkWritable()
+        end.max(range.upperBound, ordering: .acquiringAndReleasing)
+        do throws(SystemError) {
+            try device.reserve(range)
+        } catch .notSupported {
+            try writeZeroes(range)
+        } catch {
+            throw ImageError(
+                .system(error, operation: "reserving space at offset \(range.lowerBound)"), file: name)
+        }
+    }
+
+    package func writeZeroes(_ range: Range<UInt64>) throws(ImageError) {
+        var offset = range.lowerBound
+        while offset < range.upperBound {
+            let count = min(range.upperBound &- offset, UInt64(ZeroArea.byteCount))
+            try write(UnsafeRawBufferPointer(rebasing: ZeroArea.bytes[..<Int(count)]), at: offset)
+            offset &+= count
+        }
+    }
+
     /// Makes everything written durable.  A failure is final: the kernel may have dropped what it
     /// could not write, and a later sync would succeed without it.
     package func flush() throws(ImageError) {
