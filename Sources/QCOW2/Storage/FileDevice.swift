@@ -62,6 +62,16 @@ public final class FileDevice: BlockDevice {
             mapsBytes: mapsBytes)
     }
 
+    /// Makes a new, empty file at `path`.
+    /// - Throws: `.system`, also where a file is there already.
+    public convenience init(creating path: String) throws(ImageError) {
+        let descriptor = try Self.attempt("cannot create", path) { () throws(SystemError) in
+            try retryingInterrupts { open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0o644) }
+        }
+        try self.init(
+            descriptor, name: path, access: .readWrite, bypassesPageCache: false, mapsBytes: true)
+    }
+
     /// Takes over an open descriptor, which is closed if this throws.
     package init(
         _ descriptor: Int32, name: String, access: Access, bypassesPageCache: Bool, mapsBytes: Bool
