@@ -56,6 +56,10 @@ let package = Package(
                 .product(name: "Logging", package: "swift-log"),
             ],
             cSettings: gnu, swiftSettings: settings),
+        // Whole programs over the library's public face.
+        .executableTarget(
+            name: "sparse-copy", dependencies: ["QCOW2"], path: "examples/sparse-copy",
+            swiftSettings: settings),
 
         // What tests share, and a folder of tests for each target.
         .target(
