@@ -1,0 +1,186 @@
+import Foundation
+import TestSupport
+import Testing
+
+/// `create`, `info` and `check` beside qemu-img, through the program.
+@Suite("Verbs on images", .enabled(if: QemuImg.isThere, "qemu-img or qemu-io is missing"))
+struct ImageVerbTests {
+    let folder: TemporaryDirectory
+    let image: String
+
+    init() throws {
+        folder = try TemporaryDirectory()
+        image = folder.file("disk.qcow2")
+    }
+
+    private func json(_ words: [String]) throws -> NSObject {
+        let text = try Command.require(words)
+        return try #require(try JSONSerialization.jsonObject(with: Data(text.utf8)) as? NSObject)
+    }
+
+    /// Both programs say the same of the image, for people and for programs.
+    private func expectSameInfo(
+        _ image: String, sourceLocation: SourceLocation = #_sourceLocation
+    ) throws {
+        let program = TestEnvironment.program
+        #expect(
+            try json([program, "info", "--json", image])
+                == json(["qemu-img", "info", "--output=json", image]), sourceLocation: sourceLocation)
+        #expect(
+            try Command.require(program, "info", image)
+                == Command.require("qemu-img", "info", image), sourceLocation: sourceLocation)
+        #expect(
+            try json([program, "info", "--output", "json", "--backing-chain", image])
+                == json(["qemu-img", "info", "--output=json", "--backing-chain", image]),
+            sourceLocation: sourceLocation)
+    }
+
+    @Test(
+        "info says what qemu-img says",
+        arguments: [
+            ["cluster_size=64k"], ["compat=0.10", "cluster_size=512"],
+            ["lazy_refcounts=on", "compression_type=zstd", "refcount_bits=1"],
+            ["extended_l2=on"],
+        ])
+    func info(options: [String]) throws {
+        try QemuImg.create(image, size: 5_000_192, options: options)
+        try expectSameInfo(image)
+    }
+
+    @Test("info lists snapshots, bitmaps and the chain as qemu-img does")
+    func infoOfMuch() throws {
+        try makeImage(image)
+        try QemuImg.snapshot(image, create: "first")
+        try QemuImg.snapshot(image, create: "a snapshot with a very long name")
+        try Command.require("qemu-img", "bitmap", "--add", "-g", "131072", image, "b1")
+        try Command.require("qemu-img", "bitmap", "--add", "--disable", image, "b2")
+        try expectSameInfo(image)
+        let top = folder.file("top.qcow2")
+        try QemuImg.create(top, size: 20.MiB, backing: "disk.qcow2")
+        try expectSameInfo(top)
+    }
+
+    @Test("info works while a backing file is missing, and the chain does not")
+    func infoWithoutBacking() throws {
+        try Command.require([
+            "qemu-img", "create", "-q", "-u", "-f", "qcow2", "-b", "none.qcow2", "-F", "qcow2", image,
+            "1M",
+        ])
+        #expect(try qcowfs("info", image).status == 0)
+        expectRefusal(try qcowfs("info", "--backing-chain", image), naming: "none.qcow2")
+    }
+
+    @Test("A program that writes keeps info and check out, except with -U")
+    func locked() throws {
+        try makeImage(image)
+        let qemu = try Command.start(["qemu-io", "-c", "sleep 3000", image])
+        #expect(try eventually { try qcowfs("info", image).status == 1 })
+        for verb in ["info", "check"] {
+            expectRefusal(try qcowfs(verb, image), naming: image, "qemu-io", "pid \(qemu.pid)")
+            #expect(try qcowfs(verb, "-U", image).status == 0)
+        }
+        expectRefusal(try qcowfs("create", image, "1M"), naming: image, "qemu-io")
+        _ = try qemu.wait()
+        #expect(try qcowfs("check", image).status == 0)
+    }
+
+    @Test("check ends with 0, 2 or 3, with a line on stderr for each finding")
+    func checkStatus() throws {
+        try makeImage(image)
+        let clean = try qcowfs("check", "--output", "json", image)
+        #expect(clean.status == 0 && clean.errors.isEmpty)
+        #expect(
+            try json([TestEnvironment.program, "check", "--json", image])
+                == json(["qemu-img", "check", "--output=json", image]))
+
+        // Two L2 entries of 64 KiB clusters, in the table behind the L1 table's only one.
+        let file = try TestFile(image, O_RDWR)
+        let table = 0x40000
+        let entry = try file.read(table..<table + 8)
+        try file.write([UInt8](repeating: 0, count: 8), at: table)
+        let leak = try qcowfs("check", image)
+        #expect(leak.status == 3 && leak.errors.split(separator: "\n").count == 1, "\(leak)")
+        try file.write(entry, at: table)
+        try file.write(entry, at: table + 8)
+        let corruption = try qcowfs("check", "--json", image)
+        #expect(corruption.status == 2 && corruption.output.contains("\"corruptions\": 1"))
+        #expect(corruption.errors.contains("leak"))
+    }
+
+    @Test("check and info change nothing, not even on what they cannot read")
+    func untouched() throws {
+        try makeImage(image)
+        _ = try folder.write([UInt8](repeating: 0x51, count: 1000), to: "raw")
+        for path in [image, folder.file("raw")] {
+            let before = try Command.require("sha256sum", path)
+            _ = try qcowfs("check", path)
+            _ = try qcowfs("info", path)
+            #expect(try Command.require("sha256sum", path) == before)
+        }
+        expectRefusal(try qcowfs("check", folder.file("raw")), naming: "not a qcow2 image")
+        expectRefusal(try qcowfs("info", folder.file("none")), naming: "none")
+        expectRefusal(try qcowfs("info", folder.path), naming: "directory")
+    }
+
+    @Test(
+        "create understands qemu-img's words",
+        arguments: [
+            [], ["-f", "qcow2"], ["-o", "compat=0.10,cluster_size=512"],
+            ["-o", "compat=v3", "-o", "refcount_bits=1,lazy_refcounts=on"],
+            ["-o", "compression_type=zstd,cluster_size=2M"], ["-o", "preallocation=metadata"],
+        ])
+    func create(options: [String]) throws {
+        let program = TestEnvironment.program
+        try Command.require([program, "create"] + options + [image, "5M"])
+        try Command.require("qemu-img", "check", image)
+        let theirs = folder.file("theirs/disk.qcow2")
+        _ = try folder.directory("theirs")
+        try Command.require(["qemu-img", "create", "-q", "-f", "qcow2"] + options + [theirs, "5M"])
+        let ours = try Command.require("qemu-img", "info", image).split(separator: "\n")
+        #expect(
+            try ours.filter { !$0.hasPrefix("image:") && !$0.hasPrefix("disk size:") }
+                == Command.require("qemu-img", "info", theirs).split(separator: "\n")
+                .filter { !$0.hasPrefix("image:") && !$0.hasPrefix("disk size:") })
+    }
+
+    @Test(
+        "create refuses in one line, and leaves no file",
+        arguments: [
+            ["DISK"], ["-b", "base", "DISK"], ["-F", "raw", "DISK", "1M"],
+            ["-o", "foo=bar", "DISK", "1M"], ["-o", "size=1M", "DISK", "1M"],
+            ["-o", "cluster_size=1000", "DISK", "1M"], ["-o", "compat=0.9", "DISK", "1M"],
+            ["-o", "extended_l2=on", "DISK", "1M"], ["-o", "data_file=x", "DISK", "1M"],
+            ["-o", "encrypt.format=luks", "DISK", "1M"], ["-f", "vmdk", "DISK", "1M"],
+            ["-b", "none", "-F", "raw", "DISK"], ["-o", "lazy_refcounts=maybe", "DISK", "1M"],
+        ])
+    func createRefuses(words: [String]) throws {
+        let words = words.map { $0 == "DISK" ? image : $0 }
+        expectRefusal(try Command.run([TestEnvironment.program, "create"] + words))
+        #expect(try Command.shell("ls -A \(folder.path)").isEmpty)
+    }
+
+    @Test("Sizes", arguments: [
+        ("512", 512), ("64k", 65536), ("64K", 65536), ("10M", 10 << 20), ("1.5G", 3 << 29),
+        ("2T", 2 << 40), ("1P", 1 << 50), ("64KiB", 65536), ("3MiB", 3 << 20),
+    ])
+    func sizes(words: String, byteCount: Int) throws {
+        #expect(try qcowfs("create", "-o", "cluster_size=2M", image, words).status == 0)
+        #expect(try qcowfs("info", image).output.contains("(\(byteCount) bytes)"))
+    }
+
+    @Test("What is no size is wrong usage", arguments: ["", "x", "1Q", "1.2.3M", "99999999999T", "1MB"])
+    func noSize(words: String) throws {
+        #expect(try qcowfs("create", image, words).status == 64)
+    }
+
+    @Test("The example copies an image, holes left out")
+    func sparseCopy() throws {
+        try makeImage(image, size: 64.MiB)
+        let program = String(TestEnvironment.program.dropLast("qcowfs".count)) + "sparse-copy"
+        let copy = folder.file("copy.qcow2")
+        try Command.require(program, image, copy)
+        try Command.require("qemu-img", "compare", image, copy)
+        try Command.require("qemu-img", "check", copy)
+        #expect(try TestFile(copy, O_RDONLY).byteCount() < 2.MiB)
+    }
+}
