@@ -2,7 +2,7 @@ import Foundation
 import TestSupport
 import Testing
 
-@testable import QCOW2
+import QCOW2
 
 /// Findings of the check, on images built byte by byte and against qemu-img's.
 @Suite("Checking images")

@@ -1,7 +1,7 @@
 import TestSupport
 import Testing
 
-@testable import QCOW2
+import QCOW2
 
 /// Every kind of image that `create` makes, judged by qemu-img, and every kind that it refuses.
 @Suite("Creating images")
