@@ -19,7 +19,7 @@ public final class FileDevice: BlockDevice {
         }
 
         /// The file that `path` names, nil where there is none to see.
-        init?(ofFileAt path: String) {
+        package init?(ofFileAt path: String) {
             var status = stat()
             guard stat(path, &status) == 0 else { return nil }
             self.init(status)
