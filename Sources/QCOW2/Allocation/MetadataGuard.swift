@@ -25,6 +25,7 @@ package final class MetadataGuard: Sendable {
         while words < tableCount, words < 1 << 19 { words *= 2 }
         filter = AtomicArray(count: words)
         known = Monitor(Known())
+        for cluster in map.l1Clusters.first..<map.l1Clusters.end { mark(cluster) }
         for index in 0..<map.l1EntryCount where map.l1Entry(index).offset != 0 {
             mark(map.l1Entry(index).offset &>> clusterBits)
         }
