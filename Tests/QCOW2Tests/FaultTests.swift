@@ -58,7 +58,7 @@ struct FaultTests {
             } catch { told = error }
             hasFailed = faulty.failed
             if hasFailed && failure.0 == .flush {
-                #expect(told != nil, "a failed sync (\(call)) was told to nobody")
+                try #require(told != nil, "a failed sync (\(call)) was told to nobody")
             }
             try judge(device, "\(failure.0) \(call) with \(failure.1), lasts: \(lasts)")
             call += call < 60 ? 1 : 7
@@ -68,15 +68,14 @@ struct FaultTests {
     private func judge(_ device: RecordingDevice, _ what: String) throws {
         try device.bytes.withUnsafeBytes { bytes in
             let reader = try ReferenceReader(bytes)
-            #expect(
-                reader.audit().faults == [],
-                "\(what); refcount table: \(reader.refcountTableClusters) clusters")
+            // The first breach is enough: the calls after it would tell the same.
+            try #require(reader.audit().faults == [], "\(what)")
             let snapshot = try #require(try reader.snapshots().entries.first)
             for cluster in stride(from: 0, to: 128, by: 3) {
                 let kept = try reader.read(
                     cluster * 512..<(cluster + 1) * 512, through: snapshot.table)
                 let value = kept.withUnsafeBytes { SectorPattern.value(of: $0, sector: cluster) }
-                #expect(value == 1, "\(what): sector \(cluster) of the snapshot")
+                try #require(value == 1, "\(what): sector \(cluster) of the snapshot")
             }
         }
     }
