@@ -105,8 +105,8 @@ struct PolicyTests {
 
     @Test("info opens no other file")
     func infoStaysHome() throws {
-        let (_, image) = try overlay("/nowhere/at-all.qcow2")
-        let result = try qcowfs("info", image)
+        let (folder, image) = try overlay("/nowhere/at-all.qcow2")
+        let result = try withExtendedLifetime(folder) { try qcowfs("info", image) }
         #expect(result.status == 0 && result.output.contains("/nowhere/at-all.qcow2"), "\(result)")
     }
 }

@@ -71,3 +71,12 @@ func holds(_ file: TestFile, _ range: Range<Int>, _ byte: UInt8) throws -> Bool 
     let bytes = try file.read(range)
     return bytes.count == range.count && bytes.allSatisfy { $0 == byte }
 }
+
+/// Whether a process is there and has not ended: one that only waits to be reaped has.
+func isRunning(_ pid: Int32) -> Bool {
+    guard let file = try? TestFile("/proc/\(pid)/stat", O_RDONLY),
+        let line = try? String(decoding: file.read(0..<4096), as: UTF8.self)
+    else { return false }
+    // The state stands behind the name, which is in parentheses and may hold anything.
+    return line.split(separator: ")").last?.split(separator: " ").first != "Z"
+}
