@@ -92,8 +92,8 @@ package struct BackingResolver: Sendable {
     ) throws(ImageError) {
         if Self.hasScheme(reference) {
             throw Self.backing(
-                "names the backing file \(Self.quoted(reference)); only plain local paths are opened",
-                overlayPath)
+                "names the backing file \(Self.quoted(reference)); "
+                    + "only plain local paths are opened", overlayPath)
         }
         if reference.isEmpty || reference.utf8.contains(0) {
             throw Self.backing("names a backing file without a usable name", overlayPath)

@@ -1,5 +1,5 @@
-/// Where everything lies in a new image: header, refcount table, refcount blocks, L1 table, and with
-/// preallocation L2 tables and data, one after the other.
+/// Where everything lies in a new image: header, refcount table, refcount blocks, L1 table, and
+/// with preallocation L2 tables and data, one after the other.
 struct CreationLayout {
     let clusterBits: UInt32
     let refcountTableClusterCount: UInt64

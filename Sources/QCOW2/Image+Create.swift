@@ -51,7 +51,8 @@ extension Image {
         guard options.opensBackingFile, let reference = options.backingFile else { return nil }
         guard !BackingResolver.hasScheme(reference) else {
             throw ImageError(
-                .backing("the backing file \(reference) is not a plain local path"), file: imagePath)
+                .backing("the backing file \(reference) is not a plain local path"), file: imagePath
+            )
         }
         let location = BackingResolver.location(of: reference, from: imagePath)
         let device = try FileDevice(path: location, access: .readOnly, mapsBytes: false)
@@ -224,7 +225,8 @@ private struct ImageCreation {
     }
 
     private func writeZeros(_ range: Range<UInt64>) throws(SystemError) {
-        let zeros = [UInt8](repeating: 0, count: Int(min(1 << 20, range.upperBound - range.lowerBound)))
+        let zeros = [UInt8](
+            repeating: 0, count: Int(min(1 << 20, range.upperBound - range.lowerBound)))
         var offset = range.lowerBound
         while offset < range.upperBound {
             let count = Int(min(UInt64(zeros.count), range.upperBound - offset))

@@ -103,7 +103,8 @@ struct Create: Verb {
         case "data_file_raw": options.dataFileIsRaw = try isOn(value, of: name)
         case "encrypt.format": options.encryptionFormat = value
         case "encryption": options.encryptionFormat = try isOn(value, of: name) ? "aes" : nil
-        default: throw Failure(image, "there is no option '\(name)' (qcowfs help create lists them)")
+        default:
+            throw Failure(image, "there is no option '\(name)' (qcowfs help create lists them)")
         }
     }
 

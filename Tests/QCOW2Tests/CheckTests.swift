@@ -25,7 +25,8 @@ struct CheckTests {
         return device
     }
 
-    private func findings(_ bytes: [UInt8]) throws -> (check: ImageCheck, findings: [CheckFinding]) {
+    private func findings(_ bytes: [UInt8]) throws -> (check: ImageCheck, findings: [CheckFinding])
+    {
         let list = Findings()
         let check = try ImageCheck(try device(bytes)) { list.all.append($0) }
         return (check, list.all)
@@ -102,7 +103,9 @@ struct CheckTests {
     @Test("Messages are one line each")
     func lines() throws {
         var bytes = image()
-        for cluster in 2..<16 { setEntry(&bytes, cluster, 0x5a5a_5a5a_5a5a_5a5a &* UInt64(cluster)) }
+        for cluster in 2..<16 {
+            setEntry(&bytes, cluster, 0x5a5a_5a5a_5a5a_5a5a &* UInt64(cluster))
+        }
         for finding in try findings(bytes).findings {
             #expect(!finding.description.isEmpty && !finding.description.contains("\n"))
         }
@@ -145,8 +148,11 @@ struct CheckTests {
         var end: UInt64?
 
         enum CodingKeys: String, CodingKey {
-            case corruptions, leaks, total = "total-clusters", allocated = "allocated-clusters"
-            case fragmented = "fragmented-clusters", compressed = "compressed-clusters"
+            case corruptions, leaks
+            case total = "total-clusters"
+            case allocated = "allocated-clusters"
+            case fragmented = "fragmented-clusters"
+            case compressed = "compressed-clusters"
             case end = "image-end-offset"
         }
     }

@@ -42,7 +42,9 @@ struct CreateTests {
         }
     }
 
-    @Test("qemu-img finds no fault with a new image", .enabled(if: QemuImg.isThere), arguments: Kind.all)
+    @Test(
+        "qemu-img finds no fault with a new image", .enabled(if: QemuImg.isThere),
+        arguments: Kind.all)
     func clean(kind: Kind) throws {
         try Image.create(at: image, size: 5_000_000, options: kind.options)
         let check = try QemuImg.check(image)
@@ -91,7 +93,9 @@ struct CreateTests {
 
     @Test("A disk of size 0, and sizes that are rounded up")
     func sizes() throws {
-        for (wanted, found) in [(0, 0), (1, 512), (1000, 1024), (1 << 40, 1 << 40)] as [(UInt64, UInt64)] {
+        for (wanted, found) in [(0, 0), (1, 512), (1000, 1024), (1 << 40, 1 << 40)]
+            as [(UInt64, UInt64)]
+        {
             try Image.create(at: image, size: wanted)
             #expect(try ImageInfo(path: image).virtualByteCount == found)
         }
@@ -130,14 +134,36 @@ struct CreateTests {
             { $0.clusterByteCount = 256 }, { $0.clusterByteCount = 1000 },
             { $0.clusterByteCount = 4 << 20 }, { $0.clusterByteCount = 0 },
             { $0.refcountBits = 3 }, { $0.refcountBits = 0 }, { $0.refcountBits = 128 },
-            { $0.version = .v2; $0.refcountBits = 8 },
-            { $0.version = .v2; $0.hasLazyRefcounts = true },
-            { $0.version = .v2; $0.compressionType = .zstd },
+            {
+                $0.version = .v2
+                $0.refcountBits = 8
+            },
+            {
+                $0.version = .v2
+                $0.hasLazyRefcounts = true
+            },
+            {
+                $0.version = .v2
+                $0.compressionType = .zstd
+            },
             { $0.backingFormat = "qcow2" }, { $0.backingFile = "x" },
-            { $0.backingFile = "x"; $0.backingFormat = "vmdk" },
-            { $0.backingFile = ""; $0.backingFormat = "raw" },
-            { $0.backingFile = String(repeating: "x", count: 1024); $0.backingFormat = "raw" },
-            { $0.backingFile = "x"; $0.backingFormat = "raw"; $0.preallocation = .metadata },
+            {
+                $0.backingFile = "x"
+                $0.backingFormat = "vmdk"
+            },
+            {
+                $0.backingFile = ""
+                $0.backingFormat = "raw"
+            },
+            {
+                $0.backingFile = String(repeating: "x", count: 1024)
+                $0.backingFormat = "raw"
+            },
+            {
+                $0.backingFile = "x"
+                $0.backingFormat = "raw"
+                $0.preallocation = .metadata
+            },
         ]
         for change in changes {
             guard case .invalidArgument = refused(change) else {
@@ -217,7 +243,9 @@ private final class RestlessDevice: BlockDevice {
     private let memory: RAMDisk
     init(byteCount: UInt64) { memory = RAMDisk(byteCount: byteCount) }
     func byteCount() throws(SystemError) -> UInt64 { try memory.byteCount() }
-    func read(into buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) throws(SystemError) -> Int {
+    func read(into buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) throws(SystemError)
+        -> Int
+    {
         try memory.read(into: buffer, at: offset)
     }
     func write(_ bytes: UnsafeRawBufferPointer, at offset: UInt64) throws(SystemError) {

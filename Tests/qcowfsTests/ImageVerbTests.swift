@@ -25,7 +25,8 @@ struct ImageVerbTests {
         let program = TestEnvironment.program
         #expect(
             try json([program, "info", "--json", image])
-                == json(["qemu-img", "info", "--output=json", image]), sourceLocation: sourceLocation)
+                == json(["qemu-img", "info", "--output=json", image]),
+            sourceLocation: sourceLocation)
         #expect(
             try Command.require(program, "info", image)
                 == Command.require("qemu-img", "info", image), sourceLocation: sourceLocation)
@@ -63,7 +64,8 @@ struct ImageVerbTests {
     @Test("info works while a backing file is missing, and the chain does not")
     func infoWithoutBacking() throws {
         try Command.require([
-            "qemu-img", "create", "-q", "-u", "-f", "qcow2", "-b", "none.qcow2", "-F", "qcow2", image,
+            "qemu-img", "create", "-q", "-u", "-f", "qcow2", "-b", "none.qcow2", "-F", "qcow2",
+            image,
             "1M",
         ])
         #expect(try qcowfs("info", image).status == 0)
@@ -135,7 +137,8 @@ struct ImageVerbTests {
         try Command.require("qemu-img", "check", image)
         let theirs = folder.file("theirs/disk.qcow2")
         _ = try folder.directory("theirs")
-        try Command.require(["qemu-img", "create", "-q", "-f", "qcow2"] + options + [theirs, "5M"])
+        try Command.require(
+            ["qemu-img", "create", "-q", "-f", "qcow2"] + options + [theirs, "5M"])
         let ours = try Command.require("qemu-img", "info", image).split(separator: "\n")
         #expect(
             try ours.filter { !$0.hasPrefix("image:") && !$0.hasPrefix("disk size:") }
@@ -159,16 +162,20 @@ struct ImageVerbTests {
         #expect(try Command.shell("ls -A \(folder.path)").isEmpty)
     }
 
-    @Test("Sizes", arguments: [
-        ("512", 512), ("64k", 65536), ("64K", 65536), ("10M", 10 << 20), ("1.5G", 3 << 29),
-        ("2T", 2 << 40), ("1P", 1 << 50), ("64KiB", 65536), ("3MiB", 3 << 20),
-    ])
+    @Test(
+        "Sizes",
+        arguments: [
+            ("512", 512), ("64k", 65536), ("64K", 65536), ("10M", 10 << 20), ("1.5G", 3 << 29),
+            ("2T", 2 << 40), ("1P", 1 << 50), ("64KiB", 65536), ("3MiB", 3 << 20),
+        ])
     func sizes(words: String, byteCount: Int) throws {
         #expect(try qcowfs("create", "-o", "cluster_size=2M", image, words).status == 0)
         #expect(try qcowfs("info", image).output.contains("(\(byteCount) bytes)"))
     }
 
-    @Test("What is no size is wrong usage", arguments: ["", "x", "1Q", "1.2.3M", "99999999999T", "1MB"])
+    @Test(
+        "What is no size is wrong usage",
+        arguments: ["", "x", "1Q", "1.2.3M", "99999999999T", "1MB"])
     func noSize(words: String) throws {
         #expect(try qcowfs("create", image, words).status == 64)
     }

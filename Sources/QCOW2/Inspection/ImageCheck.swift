@@ -46,7 +46,8 @@ public struct ImageCheck: Sendable, Equatable {
         leakCount = tally.leaks
         errorCount = tally.unchecked
         let cluster = header.clusterByteCount
-        totalClusterCount = header.virtualByteCount / cluster
+        totalClusterCount =
+            header.virtualByteCount / cluster
             + (header.virtualByteCount % cluster == 0 ? 0 : 1)
         allocatedClusterCount = walk.figures.allocated
         fragmentedClusterCount = walk.figures.fragmented

@@ -236,7 +236,8 @@ package struct ReferenceWalk {
 
     private mutating func countRefcountBlocks() throws(ImageError) {
         let clusterBits = UInt64(header.clusterBits)
-        let clusterCount = fileByteCount >> clusterBits
+        let clusterCount =
+            fileByteCount >> clusterBits
             + (fileByteCount & (clusterByteCount - 1) == 0 ? 0 : 1)
         var blocks: [(index: UInt64, offset: UInt64)] = []
         let entryCount = UInt64(header.refcountTableClusterCount) &* (clusterByteCount / 8)

@@ -47,11 +47,13 @@ final class DirectTransfer: Sendable {
         into buffer: UnsafeMutableRawBufferPointer, at offset: UInt64
     ) throws(SystemError) -> Int {
         let lead = Int(offset % UInt64(blockByteCount))
-        let room = roundedUp(min(lead + min(buffer.count, Self.bufferByteCount), Self.bufferByteCount))
+        let room = roundedUp(
+            min(lead + min(buffer.count, Self.bufferByteCount), Self.bufferByteCount))
         let aligned = try AlignedBuffer(byteCount: room, alignment: blockByteCount)
         let count = try readFully(descriptor, into: aligned.bytes, at: offset - UInt64(lead))
         let usable = min(max(count - lead, 0), buffer.count)
-        buffer.copyMemory(from: UnsafeRawBufferPointer(rebasing: aligned.bytes[lead..<lead + usable]))
+        buffer.copyMemory(
+            from: UnsafeRawBufferPointer(rebasing: aligned.bytes[lead..<lead + usable]))
         return usable
     }
 
