@@ -10,8 +10,7 @@ struct Check: Verb {
 
     @OptionGroup var output: OutputOptions
 
-    @Flag(name: .shortAndLong, help: "Print no findings, only what they add up to.")
-    var quiet = false
+    @OptionGroup var progress: ProgressOptions
 
     @Flag(
         name: [.customShort("U"), .customLong("force-share")],
@@ -23,13 +22,15 @@ struct Check: Verb {
     var image: String
 
     func perform() throws -> Int32 {
-        let isQuiet = quiet
-        let check = try ImageCheck(path: image, locking: isShared ? .forceShare : .required) {
-            if !isQuiet {
-                let words = Failure.oneLine($0.description)
-                Failure.writeToStandardError("\($0.severity.word): \(words)\n")
-            }
+        let bar = progress.report(of: "check")
+        let check = try ImageCheck(
+            path: image, locking: isShared ? .forceShare : .required, progress: bar?.update
+        ) {
+            bar?.clear()
+            let words = Failure.oneLine($0.description)
+            Failure.writeToStandardError("\($0.severity.word): \(words)\n")
         }
+        bar?.finish()
         guard check.errorCount == 0 else {
             throw Failure(image, "\(check.errorCount) clusters could not be checked")
         }

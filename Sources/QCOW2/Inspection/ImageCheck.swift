@@ -18,25 +18,31 @@ public struct ImageCheck: Sendable, Equatable {
 
     /// Checks the image at `path`, and changes nothing.
     ///
-    /// - Parameter report: Gets each finding as it is met.
+    /// - Parameters:
+    ///   - progress: Gets the part that is done, from 0 to 1, as the check goes on.
+    ///   - report: Gets each finding as it is met.
     /// - Throws: What opening throws, and `.system` or `.malformed` where the walk cannot go on.
     public init(
         path: String, locking: OpenOptions.Locking = .required,
+        progress: ((Double) -> Void)? = nil,
         report: @escaping (CheckFinding) -> Void = { _ in }
     ) throws(ImageError) {
         let device = try FileDevice(path: path, access: .readOnly, mapsBytes: false)
         defer { device.close() }
         try ImageLock.take(locking == .required ? .reader : .forceShare, on: device)
-        try self.init(device, report: report)
+        try self.init(device, progress: progress, report: report)
     }
 
     /// Checks the image on a device.
     public init(
-        _ device: any BlockDevice, report: @escaping (CheckFinding) -> Void = { _ in }
+        _ device: any BlockDevice, progress: ((Double) -> Void)? = nil,
+        report: @escaping (CheckFinding) -> Void = { _ in }
     ) throws(ImageError) {
         let header = try Header.readSupported(from: device)
-        let tally = Tally(report: report)
-        var walk = try ReferenceWalk(device, header: header, report: tally.add)
+        let tally = Tally(report: report, progress: progress)
+        var walk = try ReferenceWalk(
+            device, header: header, tableRead: tally.tableRead, report: tally.add)
+        if progress != nil { tally.tableCount = try walk.tableCount() }
         try walk.run()
         var stored = try StoredRefcounts(device, header: header)
         let highest = try Self.compare(walk, &stored, tally)
@@ -125,14 +131,27 @@ public struct ImageCheck: Sendable, Equatable {
     }
 }
 
-/// Counts findings by their weight while they are passed on.
+/// Counts findings by their weight, and tables as they are read, while both are passed on.
 private final class Tally {
     private(set) var corruptions: UInt64 = 0
     private(set) var leaks: UInt64 = 0
     private(set) var unchecked: UInt64 = 0
+    /// How many tables there are to read.
+    var tableCount: UInt64 = 0
+    private var tablesRead: UInt64 = 0
     private let report: (CheckFinding) -> Void
+    private let progress: ((Double) -> Void)?
 
-    init(report: @escaping (CheckFinding) -> Void) { self.report = report }
+    init(report: @escaping (CheckFinding) -> Void, progress: ((Double) -> Void)?) {
+        self.report = report
+        self.progress = progress
+    }
+
+    func tableRead() {
+        guard let progress else { return }
+        tablesRead += 1
+        progress(min(Double(tablesRead) / Double(max(tableCount, 1)), 1))
+    }
 
     func add(_ finding: CheckFinding) {
         switch finding.severity {

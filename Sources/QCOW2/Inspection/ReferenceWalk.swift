@@ -19,17 +19,22 @@ package struct ReferenceWalk {
     /// Bytes of the file.
     let fileByteCount: UInt64
     let report: (CheckFinding) -> Void
+    private let tableRead: () -> Void
     private let clusterByteCount: UInt64
     private let maximum: UInt64
 
-    /// - Parameter header: The header of the image on `device`; it has standard L2 entries, no
-    ///   external data file and no encryption.
+    /// - Parameters:
+    ///   - header: The header of the image on `device`; it has standard L2 entries, no external
+    ///     data file and no encryption.
+    ///   - tableRead: Called for each L2 table.
     package init(
-        _ device: any BlockDevice, header: Header, report: @escaping (CheckFinding) -> Void
+        _ device: any BlockDevice, header: Header, tableRead: @escaping () -> Void = {},
+        report: @escaping (CheckFinding) -> Void
     ) throws(ImageError) {
         self.device = device
         self.header = header
         self.report = report
+        self.tableRead = tableRead
         clusterByteCount = header.clusterByteCount
         maximum = RefcountFormat(order: header.refcountOrder).maximum
         do throws(SystemError) {
@@ -161,6 +166,15 @@ package struct ReferenceWalk {
         figures.compressed += 1
     }
 
+    /// L2 tables that `run()` and a second look at the active ones read, at most.
+    func tableCount() throws(ImageError) -> UInt64 {
+        let snapshots = try header.readSnapshots(from: device).snapshots
+        // At most 65536 snapshots with 2^32 entries each.
+        return snapshots.reduce(2 * UInt64(try activeL1Entries().count)) {
+            $0 + UInt64($1.l1EntryCount)
+        }
+    }
+
     /// The entries of the active L1 table that are not zero, with their places in it.
     func activeL1Entries() throws(ImageError) -> [(index: UInt64, entry: L1Entry)] {
         var entries: [(UInt64, L1Entry)] = []
@@ -172,6 +186,9 @@ package struct ReferenceWalk {
 
     /// The entries of an L2 table that are not zero.
     func l2Entries(at offset: UInt64) throws(ImageError) -> [L2Entry] {
+        tableRead()
+        // Past the end everything is zero; a hostile L1 table can ask for that very often.
+        guard offset < fileByteCount else { return [] }
         var entries: [L2Entry] = []
         try forEachEntry(at: offset, entryCount: clusterByteCount / 8) {
             entries.append(L2Entry(bits: $1))
