@@ -9,8 +9,10 @@ package struct BackingResolver: Sendable {
 
     /// A file that may be opened.
     package struct Resolved: Equatable, Sendable {
-        /// Absolute, without any symbolic link.
+        /// Absolute, without any symbolic link: what is opened.
         package var path: String
+        /// Where it was found, links included: what its own references start from, as in QEMU.
+        package var location: String
         package var format: Format
         /// The image did not say the format.  Such a file may name no further files: what it is
         /// may have been chosen by whoever wrote its bytes, a guest for instance.
@@ -36,7 +38,8 @@ package struct BackingResolver: Sendable {
         allowedDirectories = directories
     }
 
-    /// The file that `reference`, found in the header of the image at `overlayPath`, means.
+    /// The file that `reference`, found in the header of the image at `overlayPath`, means; that
+    /// is the user's path for the top image and a `location` for the others.
     ///
     /// - Parameters:
     ///   - format: The backing format of that header, nil without one.
@@ -54,7 +57,8 @@ package struct BackingResolver: Sendable {
                 "a file whose own format is only guessed may not ask for")
         }
         let known = try Self.format(format, of: reference, from: overlayPath)
-        let path = try find(reference, from: overlayPath)
+        let location = Self.location(of: reference, from: overlayPath)
+        let path = try find(reference, at: location, from: overlayPath)
         let identity = try judge(path, reference: reference, from: overlayPath)
         if chain.contains(identity) {
             throw Self.backing("the backing chain comes back to \(path)", overlayPath)
@@ -64,10 +68,12 @@ package struct BackingResolver: Sendable {
                 "the backing chain has more than \(Limits.chainDepth) files", overlayPath)
         }
         if let known {
-            return Resolved(path: path, format: known, isProbed: false, identity: identity)
+            return Resolved(
+                path: path, location: location, format: known, isProbed: false, identity: identity)
         }
         let probed = try Self.probe(path, from: overlayPath)
-        return Resolved(path: path, format: probed, isProbed: true, identity: identity)
+        return Resolved(
+            path: path, location: location, format: probed, isProbed: true, identity: identity)
     }
 
     // MARK: The reference
@@ -114,8 +120,9 @@ package struct BackingResolver: Sendable {
 
     // MARK: The file
 
-    private func find(_ reference: String, from overlayPath: String) throws(ImageError) -> String {
-        let location = Self.location(of: reference, from: overlayPath)
+    private func find(
+        _ reference: String, at location: String, from overlayPath: String
+    ) throws(ImageError) -> String {
         do throws(ImageError) {
             let path = try Self.realPath(location)
             try checkPlace(of: path, reference: reference, from: overlayPath)

@@ -51,7 +51,7 @@ struct ChainPlan {
             }
             header = try judged(device)
             files.append(ChainFile(device: device, header: header))
-            overlay = (found.path, found.isProbed)
+            overlay = (found.location, found.isProbed)
         }
     }
 

@@ -114,6 +114,16 @@ struct OpenPolicyTests {
         #expect(own.path == "\(place.path)/vm/base.raw")
     }
 
+    @Test("A linked backing file's own references start where the link is, as in QEMU")
+    func linkInTheChain() throws {
+        let real = try place.file("vm/sub/mid.qcow2")
+        symlink(real, "\(place.path)/vm/mid.qcow2")
+        let middle = try resolve("mid.qcow2", "qcow2")
+        #expect(middle.path == real && middle.location == "\(place.path)/vm/mid.qcow2")
+        let base = try resolve("base.raw", from: middle.location)
+        #expect(base.path == "\(place.path)/vm/base.raw")
+    }
+
     @Test("Allowed directories widen, trust opens")
     func widened() throws {
         let outside = "\(place.path)/elsewhere/secret.raw"

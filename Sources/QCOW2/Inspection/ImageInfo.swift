@@ -86,12 +86,10 @@ extension ImageInfo {
             let found = try resolver.resolve(
                 reference, format: layer.header?.backingFormat, from: layer.path,
                 overlayWasProbed: isProbed, chain: identities)
-            // The name under which people know the file, not the one without links.
-            let shown = BackingResolver.location(of: reference, from: layer.path)
             layers.append(
                 found.format == .qcow2
-                    ? try ImageInfo(path: shown, locking: locking)
-                    : try ImageInfo(rawFileAt: shown, locking: locking))
+                    ? try ImageInfo(path: found.location, locking: locking)
+                    : try ImageInfo(rawFileAt: found.location, locking: locking))
             identities.append(found.identity)
             isProbed = found.isProbed
         }
