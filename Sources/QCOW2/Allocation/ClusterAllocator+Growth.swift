@@ -50,6 +50,7 @@ extension ClusterAllocator {
         try checkRoom(ClusterRun(first: cluster, count: 1))
         try file.writeZeroes(cluster &<< clusterBits..<(cluster &+ 1) &<< clusterBits)
         state.table[index] = cluster &<< clusterBits
+        state.blockEnd = max(state.blockEnd, index + 1)
         state.waitingBlocks.insert(index)
         state.dirtyTablePages.insert(index &>> 9)
         state.hasUnsyncedIncrements = true

@@ -19,6 +19,8 @@ package final class ClusterAllocator: Sendable {
     struct State: ~Copyable {
         /// The refcount table, whole.
         var table: [UInt64]
+        /// No entry of the table from here on has a block.
+        var blockEnd: Int
         var tableOffset: UInt64
         var cache: RefcountCache
         /// Blocks whose ranges wait for the transaction that made them to close.
@@ -49,7 +51,8 @@ package final class ClusterAllocator: Sendable {
         let table = try ClusterAllocator.readTable(header, in: file)
         state = Monitor(
             State(
-                table: table, tableOffset: header.refcountTableOffset,
+                table: table, blockEnd: (table.lastIndex { $0 != 0 } ?? -1) + 1,
+                tableOffset: header.refcountTableOffset,
                 cache: RefcountCache(
                     file: file, pageByteCount: pageByteCount, byteCount: cacheByteCount)))
         guarded.add(tableClusters(offset: header.refcountTableOffset, entryCount: table.count))
@@ -145,7 +148,7 @@ package final class ClusterAllocator: Sendable {
 
     /// The end of the highest range that may be used now, as a cluster index.
     func usableEnd(_ state: borrowing State) -> UInt64 {
-        var block = state.table.count
+        var block = state.blockEnd
         while block > 0, state.table[block - 1] == 0 || state.waitingBlocks.contains(block - 1) {
             block -= 1
         }
