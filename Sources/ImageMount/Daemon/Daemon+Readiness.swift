@@ -27,15 +27,17 @@ extension Daemon {
         let node = catalogue.allNodes.first
         let path = node.map { ownAccess.path(of: $0.pointer) } ?? mountpoint
         let descriptor = ownAccess.open(path)
-        guard descriptor >= 0 else { throw MountError(path, .last) }
-        defer { close(descriptor) }
-        if node != nil {
+        guard descriptor >= 0 || errno == EACCES else { throw MountError(path, .last) }
+        defer { if descriptor >= 0 { close(descriptor) } }
+        if node != nil, descriptor >= 0 {
             var byte: UInt8 = 0
             // A first sector that is damaged is no reason to withhold the others.
             if pread(descriptor, &byte, 1, 0) < 0, errno != EIO { throw MountError(path, .last) }
         }
         var status = stat()
-        guard fstat(descriptor, &status) == 0 else { throw MountError(path, .last) }
+        // With another owner's files we may not read what we show; that it is shown can be seen.
+        let isSeen = descriptor >= 0 ? fstat(descriptor, &status) : stat(mountpoint, &status)
+        guard isSeen == 0 else { throw MountError(mountpoint, .last) }
         return MountEntry.device(status.st_dev)
     }
 
