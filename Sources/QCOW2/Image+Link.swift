@@ -126,20 +126,8 @@ extension Image {
 
     /// Throws unless host bytes are guest data: a write never lands in metadata, nor in a cluster
     /// that is not allocated.
-    @inline(__always)
-    func checkTarget(
-        _ host: UInt64, _ byteCount: UInt64, at guest: UInt64, _ writing: Writing
-    ) throws(ImageError) {
-        if writing.guarded.overlaps(host, byteCount)
-            || (host &+ byteCount &+ map.clusterMask) & ~map.clusterMask
-                > (layers.pointee.file.writtenEnd &+ map.clusterMask) & ~map.clusterMask
-        {
-            try checkSuspiciousTarget(host, byteCount, at: guest, writing)
-        }
-    }
-
     @inline(never)
-    private func checkSuspiciousTarget(
+    func checkSuspiciousTarget(
         _ host: UInt64, _ byteCount: UInt64, at guest: UInt64, _ writing: Writing
     ) throws(ImageError) {
         let place = "guest offset 0x\(String(guest, radix: 16)) is mapped to host offset 0x\(String(host, radix: 16))"

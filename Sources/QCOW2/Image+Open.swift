@@ -114,9 +114,8 @@ extension Image {
     }
 
     private static func makeWriting(_ chain: borrowing OpenedChain) throws(ImageError) -> Writing? {
-        guard let map = chain.layers.pointee.map, let header = chain.layers.pointee.header else {
-            return nil
-        }
+        guard let header = chain.layers.pointee.header else { return nil }
+        let map = chain.layers.pointee.map
         let file = chain.layers.pointee.file
         let guarded = MetadataGuard(
             map: map,
@@ -133,7 +132,8 @@ extension Image {
             file: file, map: map, allocator: allocator, header: sector,
             logger: chain.options.logger)
         let writing = Writing(
-            header: sector, guarded: guarded, allocator: allocator, commit: commit)
+            file: file, map: map, header: sector, guarded: guarded, allocator: allocator,
+            commit: commit)
         if header.incompatibleFeatures.contains(.dirty) {
             chain.options.logger.notice("\(file.name): was not closed; rebuilding its refcounts")
             try writing.rebuildRefcounts(header, map: map, file: file)

@@ -82,11 +82,11 @@ extension Image {
     ) throws(ImageError) {
         switch source.extent.kind {
         case .data:
-            try layers[source.layer].file.read(into: part, at: source.extent.host)
+            try layers[source.layer].read(into: part, at: source.extent.host)
         case .unallocated, .zeroPlain, .zeroAllocated:
             part.initializeMemory(as: UInt8.self, repeating: 0)
         case .compressed:
-            let clusterMask = (layers[source.layer].map?.clusterMask ?? 0)
+            let clusterMask = layers[source.layer].map.clusterMask
             try layers[source.layer].readCompressed(
                 L2Entry(bits: source.extent.host), at: guest,
                 from: Int(truncatingIfNeeded: guest & clusterMask), into: part, through: decompressed)

@@ -43,7 +43,7 @@ extension Image {
         case .unallocated, .zeroPlain, .zeroAllocated: return (true, byteCount)
         case .compressed, .corrupt: return (false, byteCount)
         case .data:
-            guard layers[source.layer].map == nil else { return (false, byteCount) }
+            guard layers[source.layer].isRaw else { return (false, byteCount) }
             return try layers[source.layer].rawHoleOrData(at: offset, limit: byteCount)
         }
     }

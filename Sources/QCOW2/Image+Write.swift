@@ -6,7 +6,7 @@ extension Image {
     ///   makes no sense, after which the image takes no writes; `.system` for what the device said
     ///   (ENOSPC leaves everything as it was).
     public func write(_ bytes: UnsafeRawBufferPointer, at offset: UInt64) throws(ImageError) {
-        let writing = try writer()
+        guard let writing else { throw notWritable }
         try checkRange(offset, UInt64(bytes.count))
         try begin(writing)
         var done = 0
@@ -22,7 +22,12 @@ extension Image {
     private func writePart(
         _ bytes: UnsafeRawBufferPointer, at offset: UInt64, _ writing: Writing
     ) throws(ImageError) {
-        let done = try writeSharing(bytes, at: offset, writing)
+        let done: Int
+        do {
+            let held = ranges.lockShared(offset, UInt64(bytes.count))
+            defer { ranges.unlock(held) }
+            done = try writing.writeInPlace(bytes, at: offset, self)
+        }
         guard done < bytes.count else { return }
         try writing.commit.relieve()
         let rest = UnsafeRawBufferPointer(rebasing: bytes[done...])
@@ -30,34 +35,6 @@ extension Image {
         let held = ranges.lockExclusive(start, UInt64(rest.count))
         defer { ranges.unlock(held) }
         try writeLocked(rest, at: start, writing)
-    }
-
-    /// Writes as far as clusters can be written in place, under the shared lock; returns how far.
-    @inline(__always)
-    private func writeSharing(
-        _ bytes: UnsafeRawBufferPointer, at offset: UInt64, _ writing: Writing
-    ) throws(ImageError) -> Int {
-        let held = ranges.lockShared(offset, UInt64(bytes.count))
-        defer { ranges.unlock(held) }
-        var done = 0
-        while done < bytes.count {
-            let guest = offset &+ UInt64(done)
-            let extent = try map.extent(at: guest, limit: UInt64(bytes.count &- done))
-            guard extent.kind == .data, extent.isCopied else { return done }
-            let end = done &+ Int(truncatingIfNeeded: extent.byteCount)
-            try writeInPlace(
-                UnsafeRawBufferPointer(rebasing: bytes[done..<end]), at: guest, extent, writing)
-            done = end
-        }
-        return done
-    }
-
-    @inline(__always)
-    private func writeInPlace(
-        _ bytes: UnsafeRawBufferPointer, at guest: UInt64, _ extent: Extent, _ writing: Writing
-    ) throws(ImageError) {
-        try checkTarget(extent.host, UInt64(bytes.count), at: guest, writing)
-        try layers.pointee.file.write(bytes, at: extent.host)
     }
 
     /// Writes bytes of one group, under its exclusive lock.
@@ -72,7 +49,7 @@ extension Image {
             switch (extent.kind, extent.isCopied) {
             case (.data, true):
                 let part = UnsafeRawBufferPointer(rebasing: rest[..<Int(extent.byteCount)])
-                try writeInPlace(part, at: guest, extent, writing)
+                try writing.write(part, at: guest, extent, self)
                 done += part.count
             case (.zeroAllocated, true):
                 done += try writeOverZeroes(rest, at: guest, extent, writing)
@@ -197,11 +174,51 @@ extension Image {
         let count = min(UInt64(bytes.count), map.clusterMask &+ 1 &- head)
         let host = extent.host &- head
         let file = layers.pointee.file
-        try checkTarget(host, map.clusterMask &+ 1, at: guest, writing)
+        if writing.isSuspicious(host, map.clusterMask &+ 1) {
+            try checkSuspiciousTarget(host, map.clusterMask &+ 1, at: guest, writing)
+        }
         try file.writeZeroes(host..<host &+ head)
         try file.write(UnsafeRawBufferPointer(rebasing: bytes[..<Int(count)]), at: extent.host)
         try file.writeZeroes(extent.host &+ count..<host &+ map.clusterMask &+ 1)
         try link(guest &>> map.clusterBits, count: 1, writing) { _, _ in L2Entry(copiedClusterAt: host) }
         return Int(count)
+    }
+}
+
+extension Image.Writing {
+    /// Writes as far as clusters can be written over; returns how far.  The caller holds the range
+    /// lock.  Nothing is allocated or retained here.
+    func writeInPlace(
+        _ bytes: UnsafeRawBufferPointer, at offset: UInt64, _ image: Image
+    ) throws(ImageError) -> Int {
+        var done = 0
+        while done < bytes.count {
+            let guest = offset &+ UInt64(done)
+            let extent = try map.extent(at: guest, limit: UInt64(bytes.count &- done))
+            guard extent.kind == .data, extent.isCopied else { return done }
+            let end = done &+ Int(truncatingIfNeeded: extent.byteCount)
+            try write(UnsafeRawBufferPointer(rebasing: bytes[done..<end]), at: guest, extent, image)
+            done = end
+        }
+        return done
+    }
+
+    /// Writes over an extent that is ours alone.
+    @inline(__always)
+    func write(
+        _ bytes: UnsafeRawBufferPointer, at guest: UInt64, _ extent: Extent, _ image: Image
+    ) throws(ImageError) {
+        if isSuspicious(extent.host, UInt64(bytes.count)) {
+            try image.checkSuspiciousTarget(extent.host, UInt64(bytes.count), at: guest, self)
+        }
+        try file.write(bytes, at: extent.host)
+    }
+
+    /// Whether host bytes may be something else than guest data: metadata, or past the end.
+    @inline(__always)
+    func isSuspicious(_ host: UInt64, _ byteCount: UInt64) -> Bool {
+        guarded.overlaps(host, byteCount)
+            || (host &+ byteCount &+ map.clusterMask) & ~map.clusterMask
+                > (file.writtenEnd &+ map.clusterMask) & ~map.clusterMask
     }
 }

@@ -43,6 +43,8 @@ public final class Image: Sendable {
 
     /// The parts that change an image.
     final class Writing: Sendable {
+        let file: HostFile
+        let map: ClusterMap
         let header: HeaderSector
         let guarded: MetadataGuard
         let allocator: ClusterAllocator
@@ -56,8 +58,10 @@ public final class Image: Sendable {
         let scratch = ScratchPool()
 
         init(
-            header: HeaderSector, guarded: MetadataGuard, allocator: ClusterAllocator, commit: Commit
+            file: HostFile, map: ClusterMap, header: HeaderSector, guarded: MetadataGuard, allocator: ClusterAllocator, commit: Commit
         ) {
+            self.file = file
+            self.map = map
             self.header = header
             self.guarded = guarded
             self.allocator = allocator
@@ -118,8 +122,7 @@ public final class Image: Sendable {
     /// The top layer's map.
     @inline(__always)
     var map: ClusterMap {
-        guard let map = layers.pointee.map else { preconditionFailure("the top layer is a qcow2 image") }
-        return map
+        layers.pointee.map
     }
 
     // MARK: Closing
@@ -194,7 +197,9 @@ public final class Image: Sendable {
 
     /// The parts that write, or the reason why there are none.
     func writer() throws(ImageError) -> Writing {
-        guard let writing else { throw ImageError(.readOnly, file: top.file.name) }
+        guard let writing else { throw notWritable }
         return writing
     }
+
+    var notWritable: ImageError { ImageError(.readOnly, file: top.file.name) }
 }

@@ -4,9 +4,11 @@
 /// them without counting references.
 struct Layer: ~Copyable {
     let file: HostFile
+    /// Empty for a raw disk.
+    let map: ClusterMap
     /// nil for a raw disk.
-    let map: ClusterMap?
     let header: Header?
+    let isRaw: Bool
     /// Bytes of the layer's virtual disk at open.  The top layer's may change: ask the image.
     let size: UInt64
     /// 0 is the top layer.
@@ -19,6 +21,7 @@ struct Layer: ~Copyable {
         self.file = file
         self.header = header
         self.number = number
+        isRaw = false
         map = try ClusterMap(header, in: file, cacheByteCount: cacheByteCount)
         size = header.virtualByteCount
         mappedBytes = file.device.mappedBytes
@@ -29,7 +32,8 @@ struct Layer: ~Copyable {
         self.file = file
         self.number = number
         header = nil
-        map = nil
+        isRaw = true
+        map = ClusterMap(ofRawDisk: file)
         size = file.writtenEnd
         mappedBytes = file.device.mappedBytes
         decompressor = nil
@@ -38,8 +42,15 @@ struct Layer: ~Copyable {
     /// The run from guest offset `guest` on, at most `limit` bytes, that has one source here.
     @inline(__always)
     borrowing func extent(at guest: UInt64, limit: UInt64) throws(ImageError) -> Extent {
-        guard let map else { return Extent(.data, host: guest, byteCount: limit) }
+        if isRaw { return Extent(.data, host: guest, byteCount: limit) }
         return try map.extent(at: guest, limit: limit)
+    }
+
+    /// Fills `buffer` from host offset `host` on, with zeros past the end of the file.
+    borrowing func read(
+        into buffer: UnsafeMutableRawBufferPointer, at host: UInt64
+    ) throws(ImageError) {
+        try file.read(into: buffer, at: host)
     }
 
     /// The address of host bytes for a reply, nil where they are not mapped, or end before
@@ -92,7 +103,7 @@ struct Layer: ~Copyable {
     /// What is wrong with a `.corrupt` extent.
     borrowing func fault(_ extent: Extent, at guest: UInt64) -> ImageError {
         let place = "guest offset 0x\(String(guest, radix: 16))"
-        guard let map, let header else { return file.corrupt("\(place) cannot be read") }
+        guard let header else { return file.corrupt("\(place) cannot be read") }
         let l1Index = Int(truncatingIfNeeded: guest &>> map.coverageBits)
         if l1Index < map.l1EntryCount, map.l1Entry(l1Index).bits == extent.host,
             extent.host & L1Entry.offsetMask & (header.clusterByteCount &- 1) != 0

@@ -72,6 +72,20 @@ package final class ClusterMap: Sendable {
         table.initialize(to: read)
     }
 
+    /// A map without entries: the bytes of a raw disk are where they are.
+    package init(ofRawDisk file: HostFile) {
+        self.file = file
+        version = 3
+        clusterBits = 16
+        tableBits = 13
+        clusterMask = 0xffff
+        sliceBits = 9
+        cache = SliceCache(entryBits: 0, byteCount: 0)
+        state = Monitor(State(marks: []))
+        table = .allocate(capacity: 1)
+        table.initialize(to: L1Table(entries: AtomicArray(count: 0), offset: 0))
+    }
+
     deinit {
         table.deinitialize(count: 1)
         table.deallocate()

@@ -34,6 +34,7 @@ public final class FileDevice: BlockDevice {
     package let descriptor: Int32
     package let identity: Identity
     let isBlockDevice: Bool
+    private let bypassesPageCache: Bool
     /// Present when the page cache is bypassed.
     private let direct: DirectTransfer?
     private let isClosed = Atomic(false)
@@ -91,6 +92,7 @@ public final class FileDevice: BlockDevice {
             mappedBytes =
                 mapsBytes && !bypassesPageCache && !isBlockDevice
                 ? Self.mapping(of: descriptor, byteCount: byteCount) : nil
+            self.bypassesPageCache = bypassesPageCache
             identity = Identity(status)
             self.isBlockDevice = isBlockDevice
         } catch {
@@ -131,13 +133,31 @@ public final class FileDevice: BlockDevice {
     public func read(
         into buffer: UnsafeMutableRawBufferPointer, at offset: UInt64
     ) throws(SystemError) -> Int {
-        if let direct { return try direct.read(into: buffer, at: offset) }
+        if bypassesPageCache { return try readDirectly(into: buffer, at: offset) }
         return try readFully(descriptor, into: buffer, at: offset)
     }
 
     public func write(_ bytes: UnsafeRawBufferPointer, at offset: UInt64) throws(SystemError) {
-        if let direct { return try direct.write(bytes, at: offset) }
+        if bypassesPageCache { return try writeDirectly(bytes, at: offset) }
         try writeFully(descriptor, bytes, at: offset)
+    }
+
+    // Apart from the two above, which would count references to `direct` on every call.
+
+    @inline(never)
+    private func readDirectly(
+        into buffer: UnsafeMutableRawBufferPointer, at offset: UInt64
+    ) throws(SystemError) -> Int {
+        guard let direct else { throw .invalid }
+        return try direct.read(into: buffer, at: offset)
+    }
+
+    @inline(never)
+    private func writeDirectly(
+        _ bytes: UnsafeRawBufferPointer, at offset: UInt64
+    ) throws(SystemError) {
+        guard let direct else { throw .invalid }
+        try direct.write(bytes, at: offset)
     }
 
     public func flush() throws(SystemError) {
