@@ -31,7 +31,7 @@ extension MountedImage {
 
 extension UnsafeRawBufferPointer {
     /// Whether every byte is 0.
-    var isAllZeros: Bool {
+    package var isAllZeros: Bool {
         guard let start = baseAddress, let first, first == 0 else { return isEmpty }
         // Each byte equals the one before it, and the first is 0.
         return memcmp(start, start + 1, count - 1) == 0

@@ -31,11 +31,10 @@ public enum Mounting {
     ) throws(MountError) -> Int32 {
         let inherited = Background.inheritedDescriptors()
         let mountpoint = try Mountpoint(request.mountpoint)
+        var request = request
+        try makeAbsolute(&request.options)
+        let options = request.options
         let catalogue = try Catalogue.make(request, at: mountpoint)
-        var options = request.options
-        options.pidFile = try options.pidFile.map { path throws(MountError) in
-            try absolute(path)
-        }
         let daemon = Daemon(catalogue: catalogue, mountpoint: mountpoint.path, options: options)
         let context = MountContext(
             catalogue: catalogue, options: options, scratch: try Scratch.Key(),
@@ -86,12 +85,21 @@ public enum Mounting {
         _exit(daemon.serve(session) { pipe.report($0) })
     }
 
-    /// The absolute form of a path whose file need not exist.
-    private static func absolute(_ path: String) throws(MountError) -> String {
+    /// Frees the paths in `options` from the working directory, which the daemon leaves.
+    private static func makeAbsolute(_ options: inout MountOptions) throws(MountError) {
+        for index in options.policy.allowedDirectories.indices {
+            let directory = options.policy.allowedDirectories[index]
+            do throws(SystemError) {
+                options.policy.allowedDirectories[index] = try Paths.resolved(directory)
+            } catch {
+                throw MountError(directory, error)
+            }
+        }
+        guard let pidFile = options.pidFile else { return }
         do throws(SystemError) {
-            return try Paths.resolvedExceptLast(path)
+            options.pidFile = try Paths.resolvedExceptLast(pidFile)
         } catch {
-            throw MountError(path, error)
+            throw MountError(pidFile, error)
         }
     }
 }

@@ -23,14 +23,16 @@ struct Mount: Verb {
         guard paths.count >= 2 else {
             throw ValidationError("an image and a mountpoint are needed")
         }
+        guard Logger.Level(rawValue: flags.logLevel) != nil else {
+            throw ValidationError("--log-level: there is no level '\(flags.logLevel)'")
+        }
+        _ = try flags.options(logger: Logger(label: "", factory: { _ in SwiftLogNoOpLogHandler() }))
     }
 
     func perform() throws -> Int32 {
         try refuseWhatIsNotBuilt()
         let log = try LogOutput(file: flags.logFile, isForeground: flags.foreground)
-        guard let level = Logger.Level(rawValue: flags.logLevel) else {
-            throw ValidationError("--log-level: there is no level '\(flags.logLevel)'")
-        }
+        let level = Logger.Level(rawValue: flags.logLevel) ?? .notice
         let logger = Logger(label: "qcowfs") { _ in LineHandler(log, level: level) }
         let request = MountRequest(
             images: Array(paths.dropLast()), mountpoint: paths[paths.count - 1],

@@ -1,6 +1,7 @@
 internal import Glibc
 internal import Logging
 internal import QCOW2
+internal import Synchronization
 
 extension Daemon {
     /// Does what is to be done from outside the loop before the mount counts as made.
@@ -12,6 +13,7 @@ extension Daemon {
                 ownAccess.tellSize(of: file.pointer)
             }
             let device = try verify()
+            self.device.withLock { $0 = device }
             tune(device)
             try control.start(device)
             try writePidFile()
@@ -60,6 +62,7 @@ extension Daemon {
 
     /// Ends a mount that did not come about.
     private func abandon() {
+        guard isMounted else { return }
         do throws(SystemError) {
             try Unmounter.unmount(mountpoint, lazily: true)
         } catch {

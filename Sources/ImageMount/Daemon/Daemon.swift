@@ -14,6 +14,9 @@ final class Daemon: Sendable {
     let ownAccess: OwnAccess
     let counters: CountersAddress
     private let since: Int
+    /// The number of the mounted file system, once it is known.
+    let device = Mutex<String?>(nil)
+    private let isClaimed = Mutex(false)
 
     init(catalogue: Catalogue, mountpoint: String, options: MountOptions) {
         self.catalogue = catalogue
@@ -65,12 +68,23 @@ final class Daemon: Sendable {
     /// Closes every image and tells whoever waits how it went.
     private func finish(_ control: ControlServer, _ signals: SignalWatch) -> Int32 {
         control.stopListening()
+        // Otherwise the thread that took the signals closes the images and ends the process.
+        while !claimEnd() { pause() }
+        ownAccess.finish()
         pthread_setname_np(pthread_self(), ClosingDaemon.processName)
         let trouble = closeImages()
         if let trouble { options.logger.error("\(trouble)") }
         if let pidFile = options.pidFile { unlink(pidFile) }
         control.tellEnd(trouble)
         return trouble == nil ? 0 : 1
+    }
+
+    /// Whether the caller is the first who wants to close the images and end the process.
+    func claimEnd() -> Bool {
+        isClaimed.withLock { isClaimed in
+            defer { isClaimed = true }
+            return !isClaimed
+        }
     }
 
     /// Writes and closes every image; returns what went wrong.

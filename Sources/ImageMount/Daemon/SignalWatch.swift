@@ -34,14 +34,14 @@ final class SignalWatch: Sendable {
     private func work() {
         _ = next(within: nil)
         daemon.commit()
-        if daemon.leave(lazily: false) { return }
-        tellWhoIsBusy()
-        // Served until the last close; what else keeps a mount busy ends without a word to us.
-        while next(within: 1) == nil {
-            if daemon.leave(lazily: false) { return }
+        var hasLeft = daemon.leave(lazily: false)
+        if !hasLeft { tellWhoIsBusy() }
+        // Not every end of a user comes to our ears (a working directory's does not): ask again.
+        while next(within: hasLeft ? nil : 1) == nil {
+            hasLeft = daemon.leave(lazily: false)
         }
         daemon.commit()
-        _ = daemon.leave(lazily: true)
+        if !hasLeft { _ = daemon.leave(lazily: true) }
         endAnyway()
     }
 
@@ -71,9 +71,10 @@ final class SignalWatch: Sendable {
     }
 
     /// Ends the process although clients still have files open: their descriptors are dead then.
-    private func endAnyway() -> Never {
-        // Whoever is not using the mount has ended the loop by now, and the process with it.
+    private func endAnyway() {
+        // Where nobody uses the mount, the loop ends now and with it the process.
         usleep(300_000)
+        guard daemon.claimEnd() else { return }
         daemon.counters.pointer.pointee.isEnding.store(true, ordering: .sequentiallyConsistent)
         usleep(20_000)
         let trouble = daemon.closeImages()
@@ -94,14 +95,25 @@ extension Daemon {
         }
     }
 
+    /// Whether our mount is the one on top at the mountpoint: what is not ours is left alone.
+    var isMounted: Bool {
+        guard let entry = MountTable.entry(at: mountpoint), entry.isOurs else { return false }
+        return device.withLock { $0 == nil || $0 == entry.device }
+    }
+
     /// Unmounts; false where somebody keeps the mount busy.
     func leave(lazily: Bool) -> Bool {
+        // Somebody else has unmounted it, or hidden it below another mount.
+        guard isMounted else { return !MountTable.entries().contains { isOurs($0) } }
         do throws(SystemError) {
             try Unmounter.unmount(mountpoint, lazily: lazily)
             return true
         } catch {
-            // Somebody else has unmounted it: the loop is about to end.
             return error.code == EINVAL || error.code == ENOENT
         }
+    }
+
+    private func isOurs(_ entry: MountEntry) -> Bool {
+        entry.isOurs && device.withLock { $0 == entry.device }
     }
 }

@@ -29,6 +29,9 @@ final class OwnAccess: Sendable {
         var waiting: Set<fuse_ino_t> = []
         /// …and the one whose size it is being told.
         var restoring: fuse_ino_t?
+        var isWorking = false
+        /// The session has ended: nobody waits for an answer any more.
+        var isFinished = false
     }
 
     private enum Job: Sendable {
@@ -51,13 +54,24 @@ final class OwnAccess: Sendable {
     private func work() {
         while true {
             wakeUp.wait()
-            let job = queue.withLock { $0.jobs.isEmpty ? nil : $0.jobs.removeFirst() }
+            let job = queue.withLock { queue -> Job? in
+                guard !queue.isFinished, !queue.jobs.isEmpty else { return nil }
+                queue.isWorking = true
+                return queue.jobs.removeFirst()
+            }
             switch job {
             case .seek(let pending): answer(pending)
             case .restoreSize(let number): restore(number)
             case nil: break
             }
+            queue.withLock { $0.isWorking = false }
         }
+    }
+
+    /// Takes no more work, and returns when what has begun is done: the images are about to close.
+    func finish() {
+        queue.withLock { $0.isFinished = true }
+        while queue.withLock({ $0.isWorking }) { usleep(500) }
     }
 
     private func add(_ job: Job) {
