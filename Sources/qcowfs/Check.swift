@@ -24,12 +24,12 @@ struct Check: Verb {
     func perform() throws -> Int32 {
         let bar = progress.report(of: "check")
         let check = try ImageCheck(
-            path: image, locking: isShared ? .forceShare : .required, progress: bar?.update
-        ) {
-            bar?.clear()
-            let words = Failure.oneLine($0.description)
-            Failure.writeToStandardError("\($0.severity.word): \(words)\n")
-        }
+            path: image, locking: isShared ? .forceShare : .required,
+            report: {
+                bar?.clear()
+                let words = Failure.oneLine($0.description)
+                Failure.writeToStandardError("\($0.severity.word): \(words)\n")
+            }, progress: bar?.update)
         bar?.finish()
         guard check.errorCount == 0 else {
             throw Failure(image, "\(check.errorCount) clusters could not be checked")

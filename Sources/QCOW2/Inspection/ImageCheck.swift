@@ -19,24 +19,23 @@ public struct ImageCheck: Sendable, Equatable {
     /// Checks the image at `path`, and changes nothing.
     ///
     /// - Parameters:
-    ///   - progress: Gets the part that is done, from 0 to 1, as the check goes on.
     ///   - report: Gets each finding as it is met.
+    ///   - progress: Gets the part that is done, from 0 to 1, as the check goes on.
     /// - Throws: What opening throws, and `.system` or `.malformed` where the walk cannot go on.
     public init(
         path: String, locking: OpenOptions.Locking = .required,
-        progress: ((Double) -> Void)? = nil,
-        report: @escaping (CheckFinding) -> Void = { _ in }
+        report: @escaping (CheckFinding) -> Void = { _ in }, progress: ((Double) -> Void)? = nil
     ) throws(ImageError) {
         let device = try FileDevice(path: path, access: .readOnly, mapsBytes: false)
         defer { device.close() }
         try ImageLock.take(locking == .required ? .reader : .forceShare, on: device)
-        try self.init(device, progress: progress, report: report)
+        try self.init(device, report: report, progress: progress)
     }
 
     /// Checks the image on a device.
     public init(
-        _ device: any BlockDevice, progress: ((Double) -> Void)? = nil,
-        report: @escaping (CheckFinding) -> Void = { _ in }
+        _ device: any BlockDevice, report: @escaping (CheckFinding) -> Void = { _ in },
+        progress: ((Double) -> Void)? = nil
     ) throws(ImageError) {
         let header = try Header.readSupported(from: device)
         let tally = Tally(report: report, progress: progress)
