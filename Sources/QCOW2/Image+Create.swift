@@ -149,6 +149,12 @@ private struct ImageCreation {
             try device.resize(to: layout.byteCount)
             return
         }
+        // Told before anything is lost; other devices may still grow.
+        if let disk = device as? FileDevice, disk.isBlockDevice,
+            try disk.byteCount() < layout.byteCount
+        {
+            throw .noSpace
+        }
         // The old header goes first: it would describe tables that are overwritten now.
         try writeZeros(0..<min(layout.clusterByteCount, layout.byteCount))
         try device.flush()
