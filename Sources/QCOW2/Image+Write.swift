@@ -6,35 +6,9 @@ extension Image {
     ///   makes no sense, after which the image takes no writes; `.system` for what the device said
     ///   (ENOSPC leaves everything as it was).
     public func write(_ bytes: UnsafeRawBufferPointer, at offset: UInt64) throws(ImageError) {
-        guard let writing else { throw notWritable }
+        guard writing != nil else { throw notWritable }
         try checkRange(offset, UInt64(bytes.count))
-        try begin(writing)
-        var done = 0
-        while done < bytes.count {
-            let start = offset &+ UInt64(done)
-            let count = min(bytes.count - done, Int(ranges.groupEnd(of: start) &- start))
-            try writePart(UnsafeRawBufferPointer(rebasing: bytes[done..<done + count]), at: start, writing)
-            done += count
-        }
-    }
-
-    /// Writes bytes of one group.
-    private func writePart(
-        _ bytes: UnsafeRawBufferPointer, at offset: UInt64, _ writing: Writing
-    ) throws(ImageError) {
-        let done: Int
-        do {
-            let held = ranges.lockShared(offset, UInt64(bytes.count))
-            defer { ranges.unlock(held) }
-            done = try writing.writeInPlace(bytes, at: offset, self)
-        }
-        guard done < bytes.count else { return }
-        try writing.commit.relieve()
-        let rest = UnsafeRawBufferPointer(rebasing: bytes[done...])
-        let start = offset &+ UInt64(done)
-        let held = ranges.lockExclusive(start, UInt64(rest.count))
-        defer { ranges.unlock(held) }
-        try writeLocked(rest, at: start, writing)
+        try writing?.write(bytes, at: offset, self)
     }
 
     /// Writes bytes of one group, under its exclusive lock.
@@ -185,10 +159,51 @@ extension Image {
     }
 }
 
+// The way of a write that changes no entry.  Nothing is allocated or retained on it.
 extension Image.Writing {
+    /// Writes bytes inside of the disk, group by group.
+    func write(
+        _ bytes: UnsafeRawBufferPointer, at offset: UInt64, _ image: Image
+    ) throws(ImageError) {
+        try image.begin(self)
+        var done = 0
+        while done < bytes.count {
+            let start = offset &+ UInt64(done)
+            let count = min(bytes.count - done, Int(image.ranges.groupEnd(of: start) &- start))
+            let part = UnsafeRawBufferPointer(rebasing: bytes[done..<done + count])
+            try writeGroup(part, at: start, image)
+            done += count
+        }
+    }
+
+    /// Writes bytes of one group: in place under the shared lock as far as that goes, the rest
+    /// under the exclusive one.
+    private func writeGroup(
+        _ bytes: UnsafeRawBufferPointer, at offset: UInt64, _ image: Image
+    ) throws(ImageError) {
+        let done = try writeSharing(bytes, at: offset, image)
+        guard done < bytes.count else { return }
+        try commit.relieve()
+        let rest = UnsafeRawBufferPointer(rebasing: bytes[done...])
+        let start = offset &+ UInt64(done)
+        let held = image.ranges.lockExclusive(start, UInt64(rest.count))
+        defer { image.ranges.unlock(held) }
+        try image.writeLocked(rest, at: start, self)
+    }
+
+    @inline(__always)
+    private func writeSharing(
+        _ bytes: UnsafeRawBufferPointer, at offset: UInt64, _ image: Image
+    ) throws(ImageError) -> Int {
+        let held = image.ranges.lockShared(offset, UInt64(bytes.count))
+        defer { image.ranges.unlock(held) }
+        return try writeInPlace(bytes, at: offset, image)
+    }
+
     /// Writes as far as clusters can be written over; returns how far.  The caller holds the range
-    /// lock.  Nothing is allocated or retained here.
-    func writeInPlace(
+    /// lock.
+    @inline(__always)
+    private func writeInPlace(
         _ bytes: UnsafeRawBufferPointer, at offset: UInt64, _ image: Image
     ) throws(ImageError) -> Int {
         var done = 0

@@ -45,12 +45,19 @@ package final class HostFile: Sendable {
 
     package func write(_ bytes: UnsafeRawBufferPointer, at offset: UInt64) throws(ImageError) {
         try checkWritable()
-        end.max(offset &+ UInt64(bytes.count), ordering: .acquiringAndReleasing)
+        raiseEnd(to: offset &+ UInt64(bytes.count))
         do throws(SystemError) {
             try device.write(bytes, at: offset)
         } catch {
             throw ImageError(.system(error, operation: "writing at offset \(offset)"), file: name)
         }
+    }
+
+    /// Before a write is tried: where it may have left bytes, nothing is known to be zero.
+    @inline(__always)
+    private func raiseEnd(to offset: UInt64) {
+        // Looked at first, so that writers inside of the file share the line.
+        if offset > writtenEnd { end.max(offset, ordering: .acquiringAndReleasing) }
     }
 
     package func write(_ bytes: [UInt8], at offset: UInt64) throws(ImageError) {
@@ -60,7 +67,7 @@ package final class HostFile: Sendable {
     /// Makes sure that `range`, whose bytes nobody needs, lies inside of the file and has space.
     package func reserve(_ range: Range<UInt64>) throws(ImageError) {
         try checkWritable()
-        end.max(range.upperBound, ordering: .acquiringAndReleasing)
+        raiseEnd(to: range.upperBound)
         do throws(SystemError) {
             try device.reserve(range)
         } catch .notSupported {
