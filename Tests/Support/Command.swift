@@ -16,6 +16,7 @@ package struct Command {
 
     package struct Failure: Error, CustomStringConvertible {
         package let description: String
+        package init(description: String) { self.description = description }
     }
 
     /// A program that runs on while the test does other things.

@@ -3,7 +3,7 @@ internal import Glibc
 /// An image file as the tests' own reader sees it, with its backing chain.
 package final class ReferenceImage {
     package let path: String
-    private let bytes: UnsafeRawBufferPointer
+    private let mapping: FileMapping
     /// Nil for a raw file.
     private let reader: ReferenceReader?
     private let backing: ReferenceImage?
@@ -11,14 +11,8 @@ package final class ReferenceImage {
     /// Opens `path` and, where it names one, its backing file.
     package init(_ path: String, isRaw: Bool = false) throws {
         self.path = path
-        let file = try TestFile(path, O_RDONLY)
-        let count = try file.byteCount()
-        let memory = mmap(nil, max(count, 1), PROT_READ, MAP_SHARED, file.descriptor, 0)
-        guard let memory, memory != MAP_FAILED else {
-            throw CallError(call: "mmap \(path)", code: errno)
-        }
-        bytes = UnsafeRawBufferPointer(start: memory, count: count)
-        let reader = isRaw ? nil : try ReferenceReader(bytes)
+        mapping = try FileMapping(path)
+        let reader = isRaw ? nil : try ReferenceReader(mapping.bytes, owner: mapping)
         self.reader = reader
         guard let name = reader?.backingName else {
             backing = nil
@@ -32,8 +26,6 @@ package final class ReferenceImage {
             isRaw: format.map { String(decoding: $0, as: UTF8.self) } == "raw")
     }
 
-    deinit { munmap(UnsafeMutableRawPointer(mutating: bytes.baseAddress), max(bytes.count, 1)) }
-
     package var qcow2: ReferenceReader {
         get throws {
             guard let reader else { throw ReferenceReader.Fault("\(path) is a raw file") }
@@ -46,14 +38,14 @@ package final class ReferenceImage {
         into buffer: UnsafeMutableRawBufferPointer, at offset: Int,
         through table: ReferenceReader.L1Table? = nil
     ) throws(ReferenceReader.Fault) {
-        let end = reader?.byteCount ?? bytes.count
+        let end = reader?.byteCount ?? mapping.bytes.count
         let count = max(0, min(buffer.count, end - offset))
         let inside = UnsafeMutableRawBufferPointer(rebasing: buffer[..<count])
         UnsafeMutableRawBufferPointer(rebasing: buffer[count...]).fillZero()
         guard let reader else {
             if count > 0 {
                 inside.copyMemory(
-                    from: UnsafeRawBufferPointer(rebasing: bytes[offset..<offset + count]))
+                    from: UnsafeRawBufferPointer(rebasing: mapping.bytes[offset..<offset + count]))
             }
             return
         }
@@ -80,4 +72,21 @@ package final class ReferenceImage {
         }
         return nil
     }
+}
+
+/// A file's bytes, for as long as somebody looks at them.
+private final class FileMapping {
+    let bytes: UnsafeRawBufferPointer
+
+    init(_ path: String) throws {
+        let file = try TestFile(path, O_RDONLY)
+        let count = try file.byteCount()
+        let memory = mmap(nil, max(count, 1), PROT_READ, MAP_SHARED, file.descriptor, 0)
+        guard let memory, memory != MAP_FAILED else {
+            throw CallError(call: "mmap \(path)", code: errno)
+        }
+        bytes = UnsafeRawBufferPointer(start: memory, count: count)
+    }
+
+    deinit { munmap(UnsafeMutableRawPointer(mutating: bytes.baseAddress), max(bytes.count, 1)) }
 }

@@ -41,6 +41,8 @@ package struct ReferenceReader {
     }
 
     package let bytes: UnsafeRawBufferPointer
+    /// Keeps the bytes alive where they are a file's mapping.
+    private let owner: AnyObject?
     package let version: UInt32
     package let clusterBits: Int
     package let byteCount: Int
@@ -65,7 +67,7 @@ package struct ReferenceReader {
     static let offsetMask: UInt64 = 0x00ff_ffff_ffff_fe00
     static let copied: UInt64 = 1 << 63
 
-    package init(_ bytes: UnsafeRawBufferPointer) throws(Fault) {
+    package init(_ bytes: UnsafeRawBufferPointer, owner: AnyObject? = nil) throws(Fault) {
         func field<Number: FixedWidthInteger>(_ offset: Int, _: Number.Type) -> Number {
             bytes.number(at: offset, as: Number.self)
         }
@@ -76,6 +78,7 @@ package struct ReferenceReader {
             return offset
         }
         self.bytes = bytes
+        self.owner = owner
         guard bytes.count >= 72, field(0, UInt32.self) == 0x5146_49fb else {
             throw Fault("no qcow2 magic")
         }

@@ -11,6 +11,8 @@ struct RandomRun {
     var stepCount = TestEnvironment.isLong ? 600 : 45
     var roundCount = TestEnvironment.isLong ? 6 : 2
     var mountOptions: [String] = []
+    /// For a test of the judge itself: called with the image before it is judged.
+    var tamper: ((String) throws -> Void)?
 
     /// Runs, remounting between the rounds, and judges the image at the end.
     func run() throws {
@@ -23,6 +25,7 @@ struct RandomRun {
             ranges = try inspect(mount, prepared.model)
             try mount.unmount()
         }
+        try tamper?(prepared.image)
         try judge(prepared, in: folder, dataRanges: ranges)
     }
 

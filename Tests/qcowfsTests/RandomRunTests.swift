@@ -1,3 +1,4 @@
+import Glibc
 import TestSupport
 import Testing
 
@@ -29,6 +30,55 @@ struct RandomRunTests {
         } catch {
             Issue.record("\(combination.testDescription), seed \(seed): \(error)")
         }
+    }
+
+    @Test(
+        "So does a disk mounted with little memory, two threads, or past the page cache",
+        .enabledWhereMountable,
+        arguments: [
+            ["--cache-size", "1M", "--threads", "2"], ["--direct"],
+            ["--direct", "--writeback", "on"], ["--commit-interval", "1", "--cache-size", "1M"],
+        ], [Combination.Content.chainOfFive, .zstd, .snapshots])
+    func equalsModelWithOptions(options: [String], content: Combination.Content) throws {
+        for clusterSize in [512, 65536] {
+            let combination = Combination(
+                clusterSize: clusterSize, version: 3, refcountBits: 16, content: content)
+            var run = RandomRun(combination: combination, seed: TestEnvironment.seed + 2)
+            run.mountOptions = options
+            do { try run.run() } catch {
+                Issue.record("\(options), \(combination.testDescription): \(error)")
+            }
+        }
+    }
+
+    @Test(
+        "The judge of these runs notices one changed byte", .enabledWhereMountable,
+        arguments: [
+            Combination.Content.plain, .snapshots,
+        ])
+    func judgeNotices(_ content: Combination.Content) throws {
+        var run = RandomRun(
+            combination: Combination(
+                clusterSize: 4096, version: 3, refcountBits: 16, content: content),
+            seed: TestEnvironment.seed)
+        run.roundCount = 1
+        run.tamper = { image in
+            // A host cluster that holds guest data, found by the tests' own reader.
+            let host = try Self.dataCluster(of: image)
+            let file = try TestFile(image, O_RDWR)
+            let byte = try file.read(host..<host + 1)
+            try file.write([byte[0] ^ 0xFF], at: host)
+        }
+        #expect(throws: RandomRun.Difference.self) { try run.run() }
+    }
+
+    private static func dataCluster(of image: String) throws -> Int {
+        let reader = try ReferenceImage(image).qcow2
+        for cluster in 0..<reader.byteCount / reader.clusterSize {
+            let raw = try reader.rawEntry(forGuestCluster: cluster, in: reader.active)
+            if case .normal(let host) = try reader.entry(raw) { return host }
+        }
+        throw RandomRun.Difference(description: "no data to tamper with")
     }
 
     @Test("The format excludes what the random runs leave out")
