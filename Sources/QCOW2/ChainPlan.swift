@@ -37,12 +37,17 @@ struct ChainPlan {
                 overlayWasProbed: overlay.isProbed, chain: chain)
             if found.isProbed {
                 options.logger.warning(
-                    "\(overlay.path) does not say the format of its backing file \(reference): taken for \(found.format.rawValue)")
+                    """
+                    \(overlay.path) does not say the format of its backing file \(reference): \
+                    taken for \(found.format.rawValue)
+                    """
+                )
             }
             let device = try openFile(found.path, access: .readOnly)
             guard device.identity == found.identity else {
                 device.close()
-                throw ImageError(.backing("its backing file \(reference) was replaced"), file: overlay.path)
+                throw ImageError(
+                    .backing("its backing file \(reference) was replaced"), file: overlay.path)
             }
             chain.append(device.identity)
             guard found.format == .qcow2 else {
@@ -78,7 +83,11 @@ struct ChainPlan {
             }
         if case .unavailable(let error) = try ImageLock.take(mode, on: device) {
             options.logger.warning(
-                "\(device.name): the file system has no locks (\(error)): nothing keeps other programs away")
+                """
+                \(device.name): the file system has no locks (\(error)): \
+                nothing keeps other programs away
+                """
+            )
         }
     }
 

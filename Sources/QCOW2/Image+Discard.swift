@@ -60,7 +60,8 @@ extension Image {
         let mask = map.clusterMask
         let first = min((range.lowerBound &+ mask) & ~mask, range.upperBound)
         // The end of the disk counts as the end of its cluster.
-        let last = range.upperBound == size ? range.upperBound : max(range.upperBound & ~mask, first)
+        let last =
+            range.upperBound == size ? range.upperBound : max(range.upperBound & ~mask, first)
         try zeroPart(range.lowerBound..<first, writing)
         try zeroClusters(first..<last, zeroing, writing)
         try zeroPart(last..<range.upperBound, writing)
@@ -97,7 +98,8 @@ extension Image {
         switch (kind, zeroing) {
         case (.zeroPlain, _), (.zeroAllocated, .keeping), (.corrupt, _): return
         case (.unallocated, _) where !hidesBacking: return
-        case (_, _) where map.version == 2 && (hidesBacking || zeroing == .keeping && kind == .data):
+        case (_, _)
+        where map.version == 2 && (hidesBacking || zeroing == .keeping && kind == .data):
             if try !isHole(run) { try writeZeroBytes(run, writing) }
         case (.data, .keeping):
             try change(run, writing) { _, old in old.withZeroFlag }
@@ -120,7 +122,8 @@ extension Image {
         var offset = range.lowerBound
         while offset < range.upperBound {
             let count = min(range.upperBound &- offset, UInt64(ZeroArea.byteCount))
-            try writeLocked(UnsafeRawBufferPointer(start: zeroes, count: Int(count)), at: offset, writing)
+            try writeLocked(
+                UnsafeRawBufferPointer(start: zeroes, count: Int(count)), at: offset, writing)
             offset &+= count
         }
     }

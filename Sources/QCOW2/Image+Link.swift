@@ -28,7 +28,9 @@ extension Image {
     }
 
     /// Takes up to `count` consecutive clusters, waiting for a commit where none is free now.
-    func allocate(_ count: Int, exactly: Bool = false, _ writing: Writing) throws(ImageError) -> ClusterRun {
+    func allocate(_ count: Int, exactly: Bool = false, _ writing: Writing) throws(ImageError)
+        -> ClusterRun
+    {
         // A commit makes new blocks' ranges usable, a second one frees what the first dropped.
         for _ in 0..<4 {
             do throws(ImageError) {
@@ -114,8 +116,8 @@ extension Image {
         else {
             throw stopWriting(
                 top.file.corrupt(
-                    "the L2 table at 0x\(String(offset, radix: 16)) (guest offset "
-                        + "0x\(String(guest, radix: 16))) lies where other metadata is, or is "
+                    "the L2 table at \(hex(offset)) (guest offset "
+                        + "\(hex(guest))) lies where other metadata is, or is "
                         + "shared although it is marked COPIED"),
                 writing)
         }
@@ -130,7 +132,8 @@ extension Image {
     func checkSuspiciousTarget(
         _ host: UInt64, _ byteCount: UInt64, at guest: UInt64, _ writing: Writing
     ) throws(ImageError) {
-        let place = "guest offset 0x\(String(guest, radix: 16)) is mapped to host offset 0x\(String(host, radix: 16))"
+        let place =
+            "guest offset \(hex(guest)) is mapped to host offset \(hex(host))"
         if writing.guarded.overlaps(host, byteCount) {
             throw stopWriting(top.file.corrupt("\(place), which is metadata"), writing)
         }

@@ -49,11 +49,14 @@ extension Image {
     public static func open(
         _ device: any BlockDevice, backing: [Backing] = [], options: OpenOptions = OpenOptions()
     ) throws(ImageError) -> Image {
-        var files: [ChainFile] = [ChainFile(device: device, header: try Header.readSupported(from: device))]
+        var files: [ChainFile] = [
+            ChainFile(device: device, header: try Header.readSupported(from: device))
+        ]
         for layer in backing {
             switch layer {
             case .qcow2(let device):
-                files.append(ChainFile(device: device, header: try Header.readSupported(from: device)))
+                files.append(
+                    ChainFile(device: device, header: try Header.readSupported(from: device)))
             case .raw(let device): files.append(ChainFile(device: device, header: nil))
             }
         }
@@ -74,7 +77,8 @@ extension Image {
             if let header = file.header {
                 chain.append(
                     try Layer(
-                        qcow2: header, in: hostFile, number: number, cacheByteCount: shares[number]))
+                        qcow2: header, in: hostFile, number: number, cacheByteCount: shares[number])
+                )
             } else {
                 chain.append(Layer(raw: hostFile, number: number))
             }
@@ -93,7 +97,8 @@ extension Image {
         do throws(SystemError) {
             try file.device.flush()
         } catch {
-            throw ImageError(.system(error, operation: "sync before opening"), file: file.device.name)
+            throw ImageError(
+                .system(error, operation: "sync before opening"), file: file.device.name)
         }
     }
 
@@ -124,7 +129,7 @@ extension Image {
         let allocator = try ClusterAllocator(header, in: file, guarded: guarded)
         if let cluster = guarded.collision() {
             throw file.corrupt(
-                "two tables of the image overlap at 0x\(String(cluster &<< map.clusterBits, radix: 16)): "
+                "two tables of the image overlap at \(hex(cluster &<< map.clusterBits)): "
                     + "mount it with --read-only to save its data")
         }
         let sector = try HeaderSector(of: file)

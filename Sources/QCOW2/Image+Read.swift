@@ -16,7 +16,8 @@ extension Image {
             let held = ranges.lockShared(start, UInt64(count))
             defer { ranges.unlock(held) }
             try readLocked(
-                into: UnsafeMutableRawBufferPointer(rebasing: buffer[done..<done + count]), at: start)
+                into: UnsafeMutableRawBufferPointer(rebasing: buffer[done..<done + count]),
+                at: start)
             done += count
         }
     }
@@ -71,7 +72,9 @@ extension Image {
             let guest = offset &+ UInt64(done)
             let source = try locate(guest, limit: UInt64(buffer.count - done), from: first)
             let end = done &+ Int(truncatingIfNeeded: source.extent.byteCount)
-            try fill(UnsafeMutableRawBufferPointer(rebasing: buffer[done..<end]), at: guest, from: source)
+            try fill(
+                UnsafeMutableRawBufferPointer(rebasing: buffer[done..<end]), at: guest, from: source
+            )
             done = end
         }
     }
@@ -89,7 +92,8 @@ extension Image {
             let clusterMask = layers[source.layer].map.clusterMask
             try layers[source.layer].readCompressed(
                 L2Entry(bits: source.extent.host), at: guest,
-                from: Int(truncatingIfNeeded: guest & clusterMask), into: part, through: decompressed)
+                from: Int(truncatingIfNeeded: guest & clusterMask), into: part,
+                through: decompressed)
         case .corrupt:
             throw layers[source.layer].fault(source.extent, at: guest)
         }
@@ -156,7 +160,8 @@ private struct Pieces {
     @inline(__always)
     mutating func append(_ start: UnsafeRawPointer?, _ byteCount: Int) {
         guard let start else { return }
-        if count > 0, let last = room[count &- 1].iov_base, last + room[count &- 1].iov_len == start {
+        if count > 0, let last = room[count &- 1].iov_base, last + room[count &- 1].iov_len == start
+        {
             room[count &- 1].iov_len &+= byteCount
             return
         }
@@ -164,5 +169,7 @@ private struct Pieces {
         count &+= 1
     }
 
-    var filled: UnsafeMutableBufferPointer<iovec> { UnsafeMutableBufferPointer(rebasing: room[..<count]) }
+    var filled: UnsafeMutableBufferPointer<iovec> {
+        UnsafeMutableBufferPointer(rebasing: room[..<count])
+    }
 }

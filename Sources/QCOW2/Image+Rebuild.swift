@@ -10,7 +10,9 @@ extension Image.Writing {
         try walk.run()
         if let damage {
             throw file.corrupt(
-                "was not closed, and its refcounts cannot be rebuilt (\(damage)): mount it with --read-only to save its data")
+                "was not closed, and its refcounts cannot be rebuilt (\(damage)): "
+                    + "mount it with --read-only to save its data"
+            )
         }
         let counts = walk.counts
         try allocator.rebuild(

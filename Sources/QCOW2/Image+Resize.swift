@@ -15,7 +15,9 @@ extension Image {
         guard byteCount <= Limits.virtualByteCount,
             header.l1EntryCountNeeded(for: byteCount) &* 8 <= Limits.l1ByteCount
         else {
-            throw refusal("a disk of \(byteCount) bytes is too large for clusters of \(clusterByteCount) bytes")
+            throw refusal(
+                "\(byteCount) bytes are too many for clusters of \(clusterByteCount) bytes"
+            )
         }
         if header.version == 2, header.snapshotCount > 0, byteCount != size {
             throw refusal("a version 2 image with snapshots cannot change its size")
@@ -24,7 +26,9 @@ extension Image {
         try writing.structure.withLock { _ throws(ImageError) in
             if byteCount > size { try grow(to: byteCount, writing) }
             if byteCount < size {
-                guard shrinking else { throw refusal("the disk would shrink and lose what lies behind \(byteCount)") }
+                guard shrinking else {
+                    throw refusal("the disk would shrink and lose what lies behind \(byteCount)")
+                }
                 try shrink(to: byteCount, writing)
             }
         }
@@ -73,7 +77,8 @@ extension Image {
         let held = ranges.lockShared(offset, 1)
         defer { ranges.unlock(held) }
         let extent = try map.extent(at: offset, limit: limit &- offset)
-        let isUnused = extent.kind == .zeroPlain || extent.kind == .unallocated && offset >= backingEnd
+        let isUnused =
+            extent.kind == .zeroPlain || extent.kind == .unallocated && offset >= backingEnd
         return isUnused ? offset &+ extent.byteCount : nil
     }
 
@@ -109,7 +114,8 @@ extension Image {
         let tableEnd = header.l1EntryCountNeeded(for: size) &<< map.coverageBits
         var offset = range.lowerBound
         while offset < min(range.upperBound, tableEnd) {
-            let extent = try map.extent(at: offset, limit: min(range.upperBound, tableEnd) &- offset)
+            let extent = try map.extent(
+                at: offset, limit: min(range.upperBound, tableEnd) &- offset)
             if extent.kind != .unallocated {
                 try change(offset..<offset &+ extent.byteCount, writing) { _, _ in .unallocated }
             }

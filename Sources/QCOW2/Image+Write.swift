@@ -79,12 +79,15 @@ extension Image {
         }
         try writing.scratch.withBuffer { scratch throws(ImageError) in
             if head + bytes.count + tail <= scratch.count {
-                let whole = UnsafeMutableRawBufferPointer(rebasing: scratch[..<(head + bytes.count + tail)])
-                try readForCopy(into: UnsafeMutableRawBufferPointer(rebasing: whole[..<head]), at: start)
+                let whole = UnsafeMutableRawBufferPointer(
+                    rebasing: scratch[..<(head + bytes.count + tail)])
+                try readForCopy(
+                    into: UnsafeMutableRawBufferPointer(rebasing: whole[..<head]), at: start)
                 UnsafeMutableRawBufferPointer(rebasing: whole[head..<head + bytes.count])
                     .copyMemory(from: bytes)
                 try readForCopy(
-                    into: UnsafeMutableRawBufferPointer(rebasing: whole[(head + bytes.count)...]), at: end)
+                    into: UnsafeMutableRawBufferPointer(rebasing: whole[(head + bytes.count)...]),
+                    at: end)
                 return try file.write(UnsafeRawBufferPointer(whole), at: host)
             }
             try copy(start, count: head, to: host, through: scratch)
@@ -99,7 +102,8 @@ extension Image {
     ) throws(ImageError) {
         var done = 0
         while done < count {
-            let part = UnsafeMutableRawBufferPointer(rebasing: scratch[..<min(count - done, scratch.count)])
+            let part = UnsafeMutableRawBufferPointer(
+                rebasing: scratch[..<min(count - done, scratch.count)])
             try readForCopy(into: part, at: guest &+ UInt64(done))
             try layers.pointee.file.write(UnsafeRawBufferPointer(part), at: host &+ UInt64(done))
             done += part.count
@@ -154,7 +158,9 @@ extension Image {
         try file.writeZeroes(host..<host &+ head)
         try file.write(UnsafeRawBufferPointer(rebasing: bytes[..<Int(count)]), at: extent.host)
         try file.writeZeroes(extent.host &+ count..<host &+ map.clusterMask &+ 1)
-        try link(guest &>> map.clusterBits, count: 1, writing) { _, _ in L2Entry(copiedClusterAt: host) }
+        try link(guest &>> map.clusterBits, count: 1, writing) { _, _ in
+            L2Entry(copiedClusterAt: host)
+        }
         return Int(count)
     }
 }

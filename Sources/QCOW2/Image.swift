@@ -58,7 +58,8 @@ public final class Image: Sendable {
         let scratch = ScratchPool()
 
         init(
-            file: HostFile, map: ClusterMap, header: HeaderSector, guarded: MetadataGuard, allocator: ClusterAllocator, commit: Commit
+            file: HostFile, map: ClusterMap, header: HeaderSector, guarded: MetadataGuard,
+            allocator: ClusterAllocator, commit: Commit
         ) {
             self.file = file
             self.map = map
@@ -151,7 +152,8 @@ public final class Image: Sendable {
     /// no more than that; it ends with `close()`.
     public func startCommitting(every interval: Duration) {
         guard let writing else { return }
-        let seconds = Double(interval.components.seconds) + Double(interval.components.attoseconds) / 1e18
+        let seconds =
+            Double(interval.components.seconds) + Double(interval.components.attoseconds) / 1e18
         startWorker { image in
             while !image.waitForClosing(seconds: max(seconds, 0.001)) {
                 do throws(ImageError) {

@@ -71,7 +71,8 @@ public struct ImageError: Error, Equatable, Sendable, CustomStringConvertible {
         case .unsupported(let feature): feature.refusal
         case .corrupt(let words): words
         case .markedCorrupt:
-            "marked corrupt: mount it with --read-only to save its data, or repair it with check --repair all"
+            "marked corrupt: mount it with --read-only to save its data, "
+                + "or repair it with check --repair all"
         case .locked(let holder, let wanted):
             "in use\(holder.map { " by \($0)" } ?? " by another program")"
                 + (wanted == .read ? ", which writes to it" : "")
@@ -79,7 +80,8 @@ public struct ImageError: Error, Equatable, Sendable, CustomStringConvertible {
             "names \(reference), which \(rule); allow it with --allow-path DIR or --trust-paths"
         case .backing(let words): words
         case .readOnly: "opened read-only"
-        case .failed(let error): "takes no writes any more: an earlier write or sync failed (\(error))"
+        case .failed(let error):
+            "takes no writes any more: an earlier write or sync failed (\(error))"
         case .invalidArgument(let words): words
         case .system(let error, let operation): "\(operation): \(error)"
         case .cancelled: "cancelled"
@@ -104,11 +106,12 @@ public enum Feature: Equatable, Sendable {
         case .extendedL2: "extended L2 entries are not supported"
         case .externalDataFile: "an external data file is not supported"
         case .encryption(let method):
-            "encryption (\(method == 1 ? "AES" : method == 2 ? "LUKS" : "method \(method)")) is not supported"
+            "encryption (\(method == 1 ? "AES" : "LUKS")) is not supported"
         case .snapshotAccess: "reading an internal snapshot is not supported"
         case .unknownIncompatible(let names, let bits):
             "uses incompatible features that are not known: "
-                + (names + (bits == 0 ? [] : ["bits 0x" + String(bits, radix: 16)])).joined(separator: ", ")
+                + (names + (bits == 0 ? [] : ["bits \(hex(bits))"])).joined(
+                    separator: ", ")
         case .compressionType(let type): "compression type \(type) is not supported"
         }
     }

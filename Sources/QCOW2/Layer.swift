@@ -17,7 +17,9 @@ struct Layer: ~Copyable {
     let mappedBytes: UnsafeRawBufferPointer?
     private let decompressor: Decompressor?
 
-    init(qcow2 header: Header, in file: HostFile, number: Int, cacheByteCount: Int) throws(ImageError) {
+    init(qcow2 header: Header, in file: HostFile, number: Int, cacheByteCount: Int)
+        throws(ImageError)
+    {
         self.file = file
         self.header = header
         self.number = number
@@ -88,28 +90,29 @@ struct Layer: ~Copyable {
         into cluster: UnsafeMutableRawBufferPointer
     ) throws(ImageError) {
         let file = file
-        try decompressor?.withStreamBuffer(byteCount: descriptor.byteCount) { stream throws(ImageError) in
+        try decompressor?.withStreamBuffer(byteCount: descriptor.byteCount) {
+            stream throws(ImageError) in
             try file.read(into: stream, at: descriptor.offset)
             do throws(DecompressionError) {
                 try decompressor?.decompress(UnsafeRawBufferPointer(stream), into: cluster)
             } catch {
                 throw file.corrupt(
-                    "compressed cluster at guest offset 0x\(String(guest, radix: 16)) "
-                        + "(host offset 0x\(String(descriptor.offset, radix: 16))): \(error)")
+                    "compressed cluster at guest offset \(hex(guest)) "
+                        + "(host offset \(hex(descriptor.offset))): \(error)")
             }
         }
     }
 
     /// What is wrong with a `.corrupt` extent.
     borrowing func fault(_ extent: Extent, at guest: UInt64) -> ImageError {
-        let place = "guest offset 0x\(String(guest, radix: 16))"
+        let place = "guest offset \(hex(guest))"
         guard let header else { return file.corrupt("\(place) cannot be read") }
         let l1Index = Int(truncatingIfNeeded: guest &>> map.coverageBits)
         if l1Index < map.l1EntryCount, map.l1Entry(l1Index).bits == extent.host,
             extent.host & L1Entry.offsetMask & (header.clusterByteCount &- 1) != 0
         {
             return file.corrupt(
-                "\(place): the L2 table at 0x\(String(extent.host & L1Entry.offsetMask, radix: 16)) "
+                "\(place): the L2 table at \(hex(extent.host & L1Entry.offsetMask)) "
                     + "is not aligned to the cluster size (\(header.clusterByteCount))")
         }
         let entry = L2Entry(bits: extent.host)

@@ -1,8 +1,7 @@
 import Foundation
+import QCOW2
 import TestSupport
 import Testing
-
-import QCOW2
 
 /// Findings of the check, on images built byte by byte and against qemu-img's.
 @Suite("Checking images")

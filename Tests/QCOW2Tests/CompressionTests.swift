@@ -1,9 +1,8 @@
 import CZlib
 import CZstd
 import Dispatch
-import Testing
-
 import QCOW2
+import Testing
 
 @Suite("Compressed clusters")
 struct CompressionTests {

@@ -1,7 +1,6 @@
+import QCOW2
 import TestSupport
 import Testing
-
-import QCOW2
 
 /// Every kind of image that `create` makes, judged by qemu-img, and every kind that it refuses.
 @Suite("Creating images")

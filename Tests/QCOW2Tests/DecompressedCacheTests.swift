@@ -1,8 +1,7 @@
 import Dispatch
+import QCOW2
 import Synchronization
 import Testing
-
-import QCOW2
 
 @Suite("The cache of decompressed clusters")
 struct DecompressedCacheTests {

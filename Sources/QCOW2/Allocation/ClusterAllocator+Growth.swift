@@ -98,16 +98,20 @@ extension ClusterAllocator {
         let limit = max(Limits.refcountTableByteCount, clusterByteCount)
         guard clusterCount &<< clusterBits > limit else { return }
         throw ImageError(
-            .system(.noSpace, operation: "the refcount table cannot grow any more"), file: file.name)
+            .system(.noSpace, operation: "the refcount table cannot grow any more"), file: file.name
+        )
     }
 
     func checkRoom(_ run: ClusterRun) throws(ImageError) {
-        guard run.end &<< clusterBits <= Limits.hostOffset, run.end < 1 &<< (63 &- clusterBits) else {
+        guard run.end &<< clusterBits <= Limits.hostOffset, run.end < 1 &<< (63 &- clusterBits)
+        else {
             throw ImageError(
                 .system(.noSpace, operation: "the image has no host offsets left"), file: file.name)
         }
         guard !guarded.overlaps(run.first &<< clusterBits, run.count &<< clusterBits) else {
-            throw file.corrupt("metadata lies at 0x\(String(run.first &<< clusterBits, radix: 16)), which has no refcount")
+            throw file.corrupt(
+                "metadata lies at \(hex(run.first &<< clusterBits)), which has no refcount"
+            )
         }
     }
 

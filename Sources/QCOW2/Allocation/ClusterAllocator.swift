@@ -61,7 +61,9 @@ package final class ClusterAllocator: Sendable {
         }
     }
 
-    private static func readTable(_ header: Header, in file: HostFile) throws(ImageError) -> [UInt64] {
+    private static func readTable(_ header: Header, in file: HostFile) throws(ImageError)
+        -> [UInt64]
+    {
         let byteCount = Int(header.refcountTableClusterCount) << Int(header.clusterBits)
         let buffer = UnsafeMutableRawBufferPointer.allocate(byteCount: byteCount, alignment: 8)
         defer { buffer.deallocate() }
@@ -94,12 +96,14 @@ package final class ClusterAllocator: Sendable {
     }
 
     /// Finds free clusters and gives each a count of 1.
-    func take(_ count: Int, _ exactly: Bool, _ state: inout State) throws(ImageError) -> ClusterRun? {
+    func take(_ count: Int, _ exactly: Bool, _ state: inout State) throws(ImageError) -> ClusterRun?
+    {
         guard let run = try findFree(UInt64(count), exactly, &state) else { return nil }
         for cluster in run.first..<run.end {
             guard !guarded.overlaps(cluster &<< clusterBits, clusterByteCount) else {
                 throw file.corrupt(
-                    "cluster 0x\(String(cluster &<< clusterBits, radix: 16)) is metadata, but its refcount is 0")
+                    "the cluster at \(hex(cluster &<< clusterBits)) is metadata, its refcount is 0"
+                )
             }
         }
         for cluster in run.first..<run.end { try setCount(1, of: cluster, &state) }
@@ -164,7 +168,9 @@ package final class ClusterAllocator: Sendable {
         let entry = RefcountTableEntry(bits: state.table[Int(cluster &>> blockBits)])
         guard entry.offset & (clusterByteCount &- 1) == 0, entry.offset < Limits.hostOffset else {
             throw file.corrupt(
-                "refcount table entry \(cluster &>> blockBits) (0x\(String(entry.bits, radix: 16))) is not aligned to a cluster")
+                "refcount table entry \(cluster &>> blockBits) (\(hex(entry.bits))) "
+                    + "is not aligned to a cluster"
+            )
         }
         let pageOfBlock = (cluster & (1 &<< blockBits &- 1)) &>> pageBits
         return try state.cache.bytes(

@@ -173,7 +173,9 @@ package final class Commit: Sendable {
     /// Phase 2, from the frozen copies, never from the live tables.
     private func publish(_ transaction: Transaction) throws(ImageError) {
         for piece in transaction.map.tables.pieces { try file.write(piece.bytes, at: piece.offset) }
-        for piece in transaction.refcounts.pages.pieces { try file.write(piece.bytes, at: piece.offset) }
+        for piece in transaction.refcounts.pages.pieces {
+            try file.write(piece.bytes, at: piece.offset)
+        }
         if let header = transaction.header { try file.write(header, at: 0) }
         try file.flush()
     }

@@ -4,7 +4,10 @@
 /// a cluster costs no allocation.
 package struct Decompressor: ~Copyable, Sendable {
     /// The compression type of an image, by the number its header has for it.
-    package enum Method: UInt8, Sendable { case deflate = 0, zstd = 1 }
+    package enum Method: UInt8, Sendable {
+        case deflate = 0
+        case zstd = 1
+    }
 
     package let method: Method
     private let contexts: ContextPool

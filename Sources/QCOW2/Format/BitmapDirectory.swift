@@ -40,7 +40,8 @@ public struct BitmapEntry: Sendable, Hashable {
             offset &+= (length &+ 7) & ~7
         }
         guard offset == bytes.count else {
-            throw .inconsistent("the bitmap directory has \(bytes.count) bytes, its entries \(offset)")
+            throw .inconsistent(
+                "the bitmap directory has \(bytes.count) bytes, its entries \(offset)")
         }
         return entries
     }
@@ -79,7 +80,8 @@ public struct BitmapEntry: Sendable, Hashable {
         }
         guard Limits.bitmapGranularityBits.contains(granularityBits) else {
             throw .outOfRange(
-                "granularity bits of bitmap '\(name)'", value: UInt64(granularityBits), allowed: "9 to 31")
+                "granularity bits of bitmap '\(name)'", value: UInt64(granularityBits),
+                allowed: "9 to 31")
         }
         guard tableOffset != 0, tableOffset & (clusterByteCount &- 1) == 0,
             tableOffset < Limits.hostOffset

@@ -26,7 +26,8 @@ extension Array where Element == ClusterRun {
     package mutating func append(references entry: L2Entry, clusterBits: UInt64) {
         if entry.isCompressed {
             let bits = UInt32(truncatingIfNeeded: clusterBits)
-            let clusters = CompressedDescriptor(entry, clusterBits: bits).hostClusters(clusterBits: bits)
+            let clusters = CompressedDescriptor(entry, clusterBits: bits).hostClusters(
+                clusterBits: bits)
             append(
                 joining: ClusterRun(
                     first: clusters.lowerBound,

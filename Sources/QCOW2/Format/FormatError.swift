@@ -21,10 +21,13 @@ public enum FormatError: Error, Equatable, Sendable, CustomStringConvertible {
         case .outOfRange(let what, let value, let allowed):
             "\(what) is \(value) (allowed: \(allowed))"
         case .misaligned(let what, let offset, let alignment):
-            "\(what) at 0x\(String(offset, radix: 16)) is not aligned to \(alignment) bytes"
+            "\(what) at \(hex(offset)) is not aligned to \(alignment) bytes"
         case .tooLarge(let what, let value, let limit):
             "\(what) is too large (\(value), the limit is \(limit))"
         case .inconsistent(let words): words
         }
     }
 }
+
+/// A number as messages show offsets and entries.
+func hex(_ number: UInt64) -> String { "0x" + String(number, radix: 16) }

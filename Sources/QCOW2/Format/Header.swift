@@ -98,7 +98,8 @@ public struct Header: Sendable, Hashable {
         var names: [String] = []
         let table = extensions.first { $0.type == HeaderExtension.featureNames }?.data ?? []
         for start in stride(from: 0, to: table.count - table.count % 48, by: 48) {
-            guard table[start] == 0, table[start + 1] < 64, bits & 1 << UInt64(table[start + 1]) != 0
+            guard table[start] == 0, table[start + 1] < 64,
+                bits & 1 << UInt64(table[start + 1]) != 0
             else { continue }
             bits &= ~(1 << UInt64(table[start + 1]))
             names.append(
@@ -138,7 +139,8 @@ extension Header {
             let length = bytes.bigEndian(at: 100, as: UInt32.self)
         else { throw .truncated("header", needed: 104, found: UInt64(bytes.count)) }
         guard length >= Header.byteCountV3, UInt64(length) <= clusterByteCount else {
-            throw .outOfRange("header_length", value: UInt64(length), allowed: "104 to \(clusterByteCount)")
+            throw .outOfRange(
+                "header_length", value: UInt64(length), allowed: "104 to \(clusterByteCount)")
         }
         guard length % 8 == 0 else {
             throw .outOfRange("header_length", value: UInt64(length), allowed: "multiples of 8")
@@ -156,7 +158,8 @@ extension Header {
             throw .truncated("header", needed: UInt64(length), found: UInt64(bytes.count))
         }
         guard let known = CompressionType(rawValue: type) else {
-            throw .outOfRange("compression_type", value: UInt64(type), allowed: "0 (deflate), 1 (zstd)")
+            throw .outOfRange(
+                "compression_type", value: UInt64(type), allowed: "0 (deflate), 1 (zstd)")
         }
         compressionType = known
     }
@@ -205,22 +208,26 @@ extension Header {
 
 extension Header {
     private func checkFeatures() throws(FormatError) {
-        guard incompatibleFeatures.contains(.compressionType) == (compressionType != .deflate) else {
+        guard incompatibleFeatures.contains(.compressionType) == (compressionType != .deflate)
+        else {
             throw .inconsistent(
-                "the compression type (\(compressionType.rawValue)) and its incompatible feature bit disagree")
+                "the compression type (\(compressionType.rawValue)) and its feature bit disagree"
+            )
         }
         if incompatibleFeatures.contains(.extendedL2),
             !Limits.clusterBitsWithExtendedL2.contains(clusterBits)
         {
             throw .outOfRange(
-                "cluster_bits with extended L2 entries", value: UInt64(clusterBits), allowed: "14 to 21")
+                "cluster_bits with extended L2 entries", value: UInt64(clusterBits),
+                allowed: "14 to 21")
         }
         guard encryptionMethod <= 2 else {
             throw .outOfRange("crypt_method", value: UInt64(encryptionMethod), allowed: "0, 1, 2")
         }
         let pointer = extensions.first { $0.type == HeaderExtension.encryptionHeader }
         guard (encryptionMethod == 2) == (pointer != nil) else {
-            throw .inconsistent("the LUKS header extension and crypt_method \(encryptionMethod) disagree")
+            throw .inconsistent(
+                "the LUKS header extension and crypt_method \(encryptionMethod) disagree")
         }
         if let pointer, pointer.data.count != 16 {
             throw .outOfRange(
@@ -229,7 +236,8 @@ extension Header {
         if autoclearFeatures.contains(.rawExternalData),
             !incompatibleFeatures.contains(.externalDataFile)
         {
-            throw .inconsistent("marked as having a raw external data file, but it has no data file")
+            throw .inconsistent(
+                "marked as having a raw external data file, but it has no data file")
         }
     }
 
@@ -237,10 +245,13 @@ extension Header {
         guard size <= Limits.virtualByteCount else {
             throw .tooLarge("virtual size", value: size, limit: Limits.virtualByteCount)
         }
-        try checkTable("L1 table", at: l1Offset, byteCount: UInt64(l1EntryCount) &* 8, limit: Limits.l1ByteCount)
+        try checkTable(
+            "L1 table", at: l1Offset, byteCount: UInt64(l1EntryCount) &* 8,
+            limit: Limits.l1ByteCount)
         guard UInt64(l1EntryCount) >= l1EntryCountNeeded(for: virtualByteCount) else {
             throw .inconsistent(
-                "the L1 table has \(l1EntryCount) entries, a disk of \(virtualByteCount) bytes needs "
+                "the L1 table has \(l1EntryCount) entries, "
+                    + "a disk of \(virtualByteCount) bytes needs "
                     + "\(l1EntryCountNeeded(for: virtualByteCount))")
         }
         guard refcountTableClusterCount >= 1 else {
@@ -251,7 +262,8 @@ extension Header {
             byteCount: UInt64(refcountTableClusterCount) &* clusterByteCount,  // 32 + 21 bits
             limit: max(Limits.refcountTableByteCount, clusterByteCount))
         guard UInt64(snapshotCount) <= Limits.snapshotCount else {
-            throw .tooLarge("number of snapshots", value: UInt64(snapshotCount), limit: Limits.snapshotCount)
+            throw .tooLarge(
+                "number of snapshots", value: UInt64(snapshotCount), limit: Limits.snapshotCount)
         }
         try checkTable("snapshot table", at: snapshotsOffset, byteCount: 0, limit: 0)
     }
@@ -270,7 +282,8 @@ extension Header {
 
     /// L1 entries that a disk of `byteCount` bytes needs.
     package func l1EntryCountNeeded(for byteCount: UInt64) -> UInt64 {
-        let coverageBits = UInt64(clusterBits) &* 2 &- (l2EntryByteCount == 16 ? 4 : 3)  // at most 39
+        // At most 39.
+        let coverageBits = UInt64(clusterBits) &* 2 &- (l2EntryByteCount == 16 ? 4 : 3)
         return byteCount &>> coverageBits &+ (byteCount & (1 &<< coverageBits &- 1) == 0 ? 0 : 1)
     }
 }

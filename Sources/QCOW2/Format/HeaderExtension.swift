@@ -33,11 +33,11 @@ public struct HeaderExtension: Sendable, Hashable {
             let byteCount = Int(length)  // 32 bits always fit
             guard byteCount <= area.count &- start else {
                 throw .truncated(
-                    "header extension 0x" + String(type, radix: 16), needed: UInt64(length),
+                    "header extension \(hex(UInt64(type)))", needed: UInt64(length),
                     found: UInt64(area.count &- start))
             }
             if unique.contains(type), found.contains(where: { $0.type == type }) {
-                throw .inconsistent("header extension 0x\(String(type, radix: 16)) appears twice")
+                throw .inconsistent("header extension \(hex(UInt64(type))) appears twice")
             }
             found.append(HeaderExtension(type: type, data: Array(area[start..<start &+ byteCount])))
             offset = start &+ (byteCount &+ 7) & ~7
@@ -56,22 +56,27 @@ public struct BitmapsExtension: Sendable, Hashable {
 
     init(_ data: [UInt8], clusterByteCount: UInt64) throws(FormatError) {
         guard data.count == 24 else {
-            throw .outOfRange("bitmaps extension's length", value: UInt64(data.count), allowed: "24")
+            throw .outOfRange(
+                "bitmaps extension's length", value: UInt64(data.count), allowed: "24")
         }
         let (count, reserved, byteCount, offset) = data.withUnsafeBytes {
             (
-                $0.bigEndian(at: 0, as: UInt32.self) ?? 0, $0.bigEndian(at: 4, as: UInt32.self) ?? 0,
-                $0.bigEndian(at: 8, as: UInt64.self) ?? 0, $0.bigEndian(at: 16, as: UInt64.self) ?? 0
+                $0.bigEndian(at: 0, as: UInt32.self) ?? 0,
+                $0.bigEndian(at: 4, as: UInt32.self) ?? 0,
+                $0.bigEndian(at: 8, as: UInt64.self) ?? 0,
+                $0.bigEndian(at: 16, as: UInt64.self) ?? 0
             )
         }
         guard (1...Limits.bitmapCount).contains(UInt64(count)) else {
             throw .outOfRange("number of bitmaps", value: UInt64(count), allowed: "1 to 65535")
         }
         guard reserved == 0 else {
-            throw .outOfRange("bitmaps extension's reserved field", value: UInt64(reserved), allowed: "0")
+            throw .outOfRange(
+                "bitmaps extension's reserved field", value: UInt64(reserved), allowed: "0")
         }
         guard byteCount <= Limits.bitmapDirectoryByteCount else {
-            throw .tooLarge("bitmap directory", value: byteCount, limit: Limits.bitmapDirectoryByteCount)
+            throw .tooLarge(
+                "bitmap directory", value: byteCount, limit: Limits.bitmapDirectoryByteCount)
         }
         guard offset & (clusterByteCount &- 1) == 0, offset < Limits.hostOffset else {
             throw .misaligned("bitmap directory", offset: offset, alignment: clusterByteCount)

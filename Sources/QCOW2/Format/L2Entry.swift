@@ -22,7 +22,9 @@ package struct L2Entry: Equatable, Sendable {
     package static let zeroPlain = L2Entry(bits: zero)
 
     /// A data cluster at `offset` that has exactly one reference.
-    @inline(__always) package init(copiedClusterAt offset: UInt64) { bits = offset | L2Entry.copied }
+    @inline(__always) package init(copiedClusterAt offset: UInt64) {
+        bits = offset | L2Entry.copied
+    }
 
     @inline(__always) package var offset: UInt64 { bits & L2Entry.offsetMask }
     @inline(__always) package var isCopied: Bool { bits & L2Entry.copied != 0 }
@@ -98,7 +100,7 @@ extension L2Entry {
 
     /// Why `kind` is `.corrupt`.
     package func fault(clusterByteCount: UInt64, version: UInt32) -> String {
-        let entry = "L2 entry 0x" + String(bits, radix: 16)
+        let entry = "L2 entry \(hex(bits))"
         if isCompressed { return "\(entry) is compressed and marked COPIED" }
         if offset & (clusterByteCount &- 1) != 0 {
             return "\(entry) points inside a cluster (clusters are \(clusterByteCount) bytes)"

@@ -84,7 +84,8 @@ public struct Snapshot: Sendable, Hashable {
     package func check(clusterByteCount: UInt64) throws(FormatError) {
         let byteCount = UInt64(l1EntryCount) &* 8
         guard byteCount <= Limits.l1ByteCount else {
-            throw .tooLarge("L1 table of snapshot \(id)", value: byteCount, limit: Limits.l1ByteCount)
+            throw .tooLarge(
+                "L1 table of snapshot \(id)", value: byteCount, limit: Limits.l1ByteCount)
         }
         guard l1Offset & (clusterByteCount &- 1) == 0, l1Offset < Limits.hostOffset else {
             throw .misaligned(

@@ -106,7 +106,6 @@ extension CheckFinding: CustomStringConvertible {
         }
     }
 
-    private func hex(_ number: UInt64) -> String { "0x" + String(number, radix: 16) }
 }
 
 extension CheckFinding.Owner: CustomStringConvertible {

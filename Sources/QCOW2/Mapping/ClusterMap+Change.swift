@@ -6,7 +6,8 @@ extension ClusterMap {
     /// Whether the L2 table for `guest` may be changed in place.
     package func hasWritableTable(at guest: UInt64) -> Bool {
         let index = Int(truncatingIfNeeded: guest &>> coverageBits)
-        return index < l1EntryCount && l1Entry(index).isCopied && l1Entry(index).offset & clusterMask == 0
+        return index < l1EntryCount && l1Entry(index).isCopied
+            && l1Entry(index).offset & clusterMask == 0
     }
 
     /// Replaces the entries of `count` guest clusters from `cluster` on (an index, all in one
@@ -62,7 +63,8 @@ extension ClusterMap {
                 L1Entry(copiedTableAt: offset).bits, ordering: .releasing)
             state.dirtyL1Pages.insert(index &>> 9)
             if old.offset != 0 {
-                state.dropped.append(joining: ClusterRun(first: old.offset &>> clusterBits, count: 1))
+                state.dropped.append(
+                    joining: ClusterRun(first: old.offset &>> clusterBits, count: 1))
             }
         }
     }
@@ -86,7 +88,9 @@ extension ClusterMap {
             guard let (slot, _) = cache.find(slice) else { continue }
             for entry in 0..<(1 &<< Int(sliceBits)) {
                 let old = cache.entry(in: slot, at: entry)
-                if old.isCopied, !old.isCompressed { cache.store(old.withoutCopied, in: slot, at: entry) }
+                if old.isCopied, !old.isCompressed {
+                    cache.store(old.withoutCopied, in: slot, at: entry)
+                }
             }
         }
     }
@@ -161,7 +165,8 @@ extension ClusterMap {
     package var l1Clusters: ClusterRun {
         let byteCount = UInt64(l1EntryCount) &* 8
         return ClusterRun(
-            first: table.pointee.offset &>> clusterBits, count: (byteCount &+ clusterMask) &>> clusterBits)
+            first: table.pointee.offset &>> clusterBits,
+            count: (byteCount &+ clusterMask) &>> clusterBits)
     }
 
     package var l1Offset: UInt64 { table.pointee.offset }
@@ -175,7 +180,8 @@ extension ClusterMap {
     }
 
     /// Calls `body` with what was changed since the last freeze, in one step with respect to every
-    /// change; what it was given counts as unchanged from here on, and stays in memory until `thaw`.
+    /// change; what it was given counts as unchanged from here on, and stays in memory until
+    /// `thaw`.
     package func freeze<Result>(_ body: (FrozenMap) -> Result) -> Result {
         state.withLock { state in
             var frozen = FrozenMap()

@@ -111,7 +111,8 @@ package final class ClusterMap: Sendable {
             try file.read(into: part, at: offset &+ UInt64(first) &* 8)
             let bytes = UnsafeRawBufferPointer(part)
             for index in 0..<part.count / 8 {
-                entries[first + index].store(bytes.bigEndian(at: index * 8) ?? 0, ordering: .relaxed)
+                entries[first + index].store(
+                    bytes.bigEndian(at: index * 8) ?? 0, ordering: .relaxed)
             }
         }
     }
@@ -135,7 +136,9 @@ package final class ClusterMap: Sendable {
     package func extent(at guest: UInt64, limit: UInt64) throws(ImageError) -> Extent {
         let cluster = guest &>> clusterBits
         let l1Index = Int(truncatingIfNeeded: cluster &>> tableBits)
-        guard l1Index < table.pointee.entries.count else { return Extent(.unallocated, byteCount: limit) }
+        guard l1Index < table.pointee.entries.count else {
+            return Extent(.unallocated, byteCount: limit)
+        }
         while true {
             let entry = l1Entry(l1Index)
             guard entry.offset != 0, entry.offset & clusterMask == 0 else {
@@ -225,12 +228,15 @@ package final class ClusterMap: Sendable {
         _ limit: UInt64
     ) throws(ImageError) -> Extent? {
         guard case .noRoom = try load(slice, of: entry, l1Index) else { return nil }
-        let buffer = UnsafeMutableRawBufferPointer.allocate(byteCount: 8 &<< Int(sliceBits), alignment: 8)
+        let buffer = UnsafeMutableRawBufferPointer.allocate(
+            byteCount: 8 &<< Int(sliceBits), alignment: 8)
         defer { buffer.deallocate() }
         try file.read(into: buffer, at: offset(of: slice, in: entry))
         let words = buffer.bindMemory(to: UInt64.self)
         for word in words.indices { words[word] = UInt64(bigEndian: words[word]) }
-        guard l1Entry(l1Index).offset == entry.offset, let base = buffer.baseAddress else { return nil }
+        guard l1Entry(l1Index).offset == entry.offset, let base = buffer.baseAddress else {
+            return nil
+        }
         return run(
             UnsafePointer(base.assumingMemoryBound(to: Atomic<UInt64>.self)), index, guest, limit,
             tableIsCopied: entry.isCopied)
@@ -241,7 +247,8 @@ package final class ClusterMap: Sendable {
     ) throws(ImageError) -> Claim {
         let claim = state.waitFor { state in claimSlot(for: slice, &state) }
         guard case .slot(let slot) = claim else { return claim }
-        let buffer = UnsafeMutableRawBufferPointer.allocate(byteCount: 8 &<< Int(sliceBits), alignment: 8)
+        let buffer = UnsafeMutableRawBufferPointer.allocate(
+            byteCount: 8 &<< Int(sliceBits), alignment: 8)
         defer { buffer.deallocate() }
         var failure: ImageError?
         do throws(ImageError) {

@@ -103,7 +103,8 @@ package struct SliceCache: ~Copyable, Sendable {
     }
 
     /// Puts `bytes`, the slice as it is on disk, into `slot` in place of what was there.
-    package borrowing func fill(_ slot: Int, with slice: UInt64, from bytes: UnsafeRawBufferPointer) {
+    package borrowing func fill(_ slot: Int, with slice: UInt64, from bytes: UnsafeRawBufferPointer)
+    {
         beginChange(slot)
         for index in 0..<(1 &<< entryBits) {
             entries[slot &<< entryBits &+ index].store(

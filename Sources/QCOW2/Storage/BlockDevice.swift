@@ -8,7 +8,8 @@ public protocol BlockDevice: AnyObject, Sendable {
 
     /// Fills `buffer` from `offset` on and returns how many bytes there were:
     /// fewer than asked only where the device ends.
-    func read(into buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) throws(SystemError) -> Int
+    func read(into buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) throws(SystemError)
+        -> Int
 
     /// Writes all of `bytes` at `offset`; a device that can grow grows.
     func write(_ bytes: UnsafeRawBufferPointer, at offset: UInt64) throws(SystemError)

@@ -74,7 +74,8 @@ package final class HostFile: Sendable {
             try writeZeroes(range)
         } catch {
             throw ImageError(
-                .system(error, operation: "reserving space at offset \(range.lowerBound)"), file: name)
+                .system(error, operation: "reserving space at offset \(range.lowerBound)"),
+                file: name)
         }
     }
 
@@ -111,7 +112,8 @@ package final class HostFile: Sendable {
         do throws(SystemError) {
             try device.resize(to: byteCount)
         } catch {
-            throw ImageError(.system(error, operation: "cannot change the file's length"), file: name)
+            throw ImageError(
+                .system(error, operation: "cannot change the file's length"), file: name)
         }
         end.store(byteCount, ordering: .releasing)
     }

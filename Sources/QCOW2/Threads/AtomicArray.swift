@@ -1,3 +1,4 @@
+private import Glibc
 package import Synchronization
 
 /// A fixed number of 64-bit atomics, zero at first.
@@ -27,7 +28,7 @@ package struct AtomicArray: ~Copyable, @unchecked Sendable {
 
     /// The address of element `index`.
     @inline(__always)
-    package func address(_ index: Int) -> UnsafePointer<Atomic<UInt64>> { UnsafePointer(base + index) }
+    package func address(_ index: Int) -> UnsafePointer<Atomic<UInt64>> {
+        UnsafePointer(base + index)
+    }
 }
-
-private import Glibc

@@ -14,9 +14,11 @@ package struct RangeLocks: ~Copyable, @unchecked Sendable {
     private let groupBits: UInt64
 
     package init(clusterBits: UInt32) {
-        precondition(MemoryLayout<pthread_rwlock_t>.size <= RangeLocks.stride, "a lock fits its line")
+        precondition(
+            MemoryLayout<pthread_rwlock_t>.size <= RangeLocks.stride, "a lock fits its line")
         groupBits = UInt64(max(clusterBits, 20))
-        memory = .allocate(byteCount: RangeLocks.count * RangeLocks.stride, alignment: RangeLocks.stride)
+        memory = .allocate(
+            byteCount: RangeLocks.count * RangeLocks.stride, alignment: RangeLocks.stride)
         var attributes = pthread_rwlockattr_t()
         pthread_rwlockattr_init(&attributes)
         // Readers never lock twice, and a flood of them must not starve a writer.

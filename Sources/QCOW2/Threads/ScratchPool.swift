@@ -12,7 +12,9 @@ package struct ScratchPool: ~Copyable, Sendable {
 
     deinit {
         free.withLock { free in
-            for address in free.buffers { UnsafeMutableRawPointer(bitPattern: address)?.deallocate() }
+            for address in free.buffers {
+                UnsafeMutableRawPointer(bitPattern: address)?.deallocate()
+            }
         }
     }
 
@@ -35,9 +37,13 @@ enum ZeroArea {
     /// An anonymous mapping: every page of it is the kernel's zero page.
     nonisolated(unsafe) static let start: UnsafeRawPointer = {
         let memory = mmap(nil, byteCount, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
-        guard let memory, memory != MAP_FAILED else { fatalError("no memory for a megabyte of zeros") }
+        guard let memory, memory != MAP_FAILED else {
+            fatalError("no memory for a megabyte of zeros")
+        }
         return UnsafeRawPointer(memory)
     }()
 
-    static var bytes: UnsafeRawBufferPointer { UnsafeRawBufferPointer(start: start, count: byteCount) }
+    static var bytes: UnsafeRawBufferPointer {
+        UnsafeRawBufferPointer(start: start, count: byteCount)
+    }
 }
