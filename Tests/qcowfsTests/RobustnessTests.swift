@@ -60,7 +60,7 @@ struct RobustnessTests {
     func fullHost() throws {
         let folder = try TemporaryDirectory()
         let small = try folder.directory("small")
-        try Command.require("mount", "-t", "tmpfs", "-o", "size=6m", "none", small)
+        try Command.require("mount", "-t", "tmpfs", "-o", "size=2m", "none", small)
         defer { _ = try? Command.run(["umount", small]) }
         let image = small + "/disk.qcow2"
         try makeImage(image, size: 64.MiB)
