@@ -104,6 +104,17 @@ struct StorageTests {
         #expect(mapped[1 << 20] == 7)
     }
 
+    @Test("A sparse file in memory is not mapped: reading its holes would fill the memory")
+    func sparseInMemory() throws {
+        guard TestEnvironment.scratch == "/dev/shm" else { return }
+        let folder = try TemporaryDirectory()
+        let device = try FileDevice(creating: folder.file("sparse"))
+        #expect(device.mappedBytes != nil)
+        try device.resize(to: 1 << 30)
+        let again = try FileDevice(path: folder.file("sparse"), access: .readOnly)
+        #expect(again.mappedBytes == nil)
+    }
+
     @Test("Holes are found in files and in memory")
     func holes() throws {
         for device: any BlockDevice in [

@@ -80,10 +80,6 @@ public final class FileDevice: BlockDevice {
         do throws(ImageError) {
             let status = try Self.judgedStatus(of: descriptor, name: name)
             let isBlockDevice = status.st_mode & S_IFMT == S_IFBLK
-            let byteCount = try Self.attempt("cannot find the length", name) {
-                () throws(SystemError) in
-                try Self.byteCount(of: descriptor, isBlockDevice: isBlockDevice)
-            }
             direct =
                 bypassesPageCache
                 ? try Self.attempt("cannot bypass the page cache", name) { () throws(SystemError) in
@@ -91,7 +87,7 @@ public final class FileDevice: BlockDevice {
                 } : nil
             mappedBytes =
                 mapsBytes && !bypassesPageCache && !isBlockDevice
-                ? Self.mapping(of: descriptor, byteCount: byteCount) : nil
+                ? Self.mapping(of: descriptor, status) : nil
             self.bypassesPageCache = bypassesPageCache
             identity = Identity(status)
             self.isBlockDevice = isBlockDevice
@@ -278,10 +274,15 @@ public final class FileDevice: BlockDevice {
 
     /// One mapping for the life of the device, long enough for the file to grow under it: address
     /// space costs nothing until it is touched.
-    private static func mapping(
-        of descriptor: Int32, byteCount: UInt64
-    ) -> UnsafeRawBufferPointer? {
+    private static func mapping(of descriptor: Int32, _ status: stat) -> UnsafeRawBufferPointer? {
+        let byteCount = UInt64(clamping: status.st_size)
         guard Platform.mapsCoherently(descriptor) else { return nil }
+        if Platform.fillsHolesOfMappings(descriptor) {
+            // Reading a sparse image must not fill the memory: some holes, but not many.
+            let stored = UInt64(clamping: status.st_blocks) &* 512
+            guard byteCount <= max(stored.clampedAdding(stored), stored.clampedAdding(64 << 20))
+            else { return nil }
+        }
         let pageByteCount: UInt64 = 4096
         let room = min(byteCount.clampedAdding(byteCount).clampedAdding(16 << 30), 1 << 40)
         guard let length = Int(exactly: room / pageByteCount * pageByteCount),

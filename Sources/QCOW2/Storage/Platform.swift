@@ -35,16 +35,27 @@ enum Platform {
         0x9123_683E,  // btrfs
         0xF2F5_2010,  // f2fs
         0xCA45_1A4E,  // bcachefs
-        0x0102_1994,  // tmpfs
+        tmpfs,
         0x8584_58F6,  // ramfs
         0x794C_7630,  // overlayfs, which maps the file below
     ]
 
+    private static let tmpfs: UInt = 0x0102_1994
+
     /// Whether a mapping of this file is known to be coherent with reads and writes.
     static func mapsCoherently(_ descriptor: Int32) -> Bool {
+        fileSystem(of: descriptor).map(coherentFileSystems.contains) ?? false
+    }
+
+    /// Whether reading a hole through a mapping fills it with memory that stays: tmpfs does that.
+    static func fillsHolesOfMappings(_ descriptor: Int32) -> Bool {
+        fileSystem(of: descriptor) == tmpfs
+    }
+
+    private static func fileSystem(of descriptor: Int32) -> UInt? {
         var system = statfs()
-        guard fstatfs(descriptor, &system) == 0 else { return false }
-        return coherentFileSystems.contains(UInt(truncatingIfNeeded: system.f_type))
+        guard fstatfs(descriptor, &system) == 0 else { return nil }
+        return UInt(truncatingIfNeeded: system.f_type)
     }
 
     // linux/fs.h spells these as macros which Swift does not see.
