@@ -1,5 +1,6 @@
 import Glibc
 import QCOW2
+import TestSupport
 import Testing
 
 @Suite("Bytes at offsets: files and memory")
