@@ -34,13 +34,43 @@ struct Mount: Verb {
         let log = try LogOutput(file: flags.logFile, isForeground: flags.foreground)
         let level = Logger.Level(rawValue: flags.logLevel) ?? .notice
         let logger = Logger(label: "qcowfs") { _ in LineHandler(log, level: level) }
+        return try Self.mount(paths, options: try flags.options(logger: logger), log)
+    }
+
+    /// Mounts where the command line says nothing but files and `--read-only`, and returns the exit
+    /// status; nil where it says more.
+    ///
+    /// Describing thirty options to the argument parser takes longer than the mount itself.
+    static func withoutParser(_ arguments: [String]) -> Int32? {
+        guard arguments.first == "mount" else { return nil }
+        let words = arguments.dropFirst()
+        let isReadOnly = words.contains("--read-only") || words.contains("-r")
+        let paths = words.filter { $0 != "--read-only" && $0 != "-r" }
+        guard paths.count >= 2, !paths.contains(where: { $0.isEmpty || $0.hasPrefix("-") }) else {
+            return nil
+        }
+        do {
+            let log = try LogOutput(file: nil, isForeground: false)
+            let logger = Logger(label: "qcowfs") { _ in LineHandler(log, level: .notice) }
+            var options = MountOptions(logger: logger)
+            options.isReadOnly = isReadOnly
+            return try mount(Array(paths), options: options, log)
+        } catch {
+            Failure.print("mount: \(error)")
+            return 1
+        }
+    }
+
+    /// Shows the images, all but the last of `paths`, at the last one.
+    private static func mount(
+        _ paths: [String], options: MountOptions, _ log: LogOutput
+    ) throws -> Int32 {
         let request = MountRequest(
-            images: Array(paths.dropLast()), mountpoint: paths[paths.count - 1],
-            options: try flags.options(logger: logger))
+            images: Array(paths.dropLast()), mountpoint: paths[paths.count - 1], options: options)
         return try Mounting.mount(request) { files in
             log.release()
             if let file = files.first, files.count == 1, isatty(STDOUT_FILENO) == 1 {
-                print(Self.hint(file))
+                print(hint(file))
             }
         }
     }

@@ -17,7 +17,8 @@ struct Qcowfs: ParsableCommand {
         ])
 
     static func main() {
-        Glibc.exit(status(of: MountHelperForm.asVerb(CommandLine.arguments)))
+        let arguments = MountHelperForm.asVerb(CommandLine.arguments)
+        Glibc.exit(Mount.withoutParser(arguments) ?? status(of: arguments))
     }
 
     /// Runs the verb that `arguments` name, prints what is to be said, and returns the exit status.
