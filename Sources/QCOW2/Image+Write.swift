@@ -192,9 +192,21 @@ extension Image.Writing {
         try commit.relieve()
         let rest = UnsafeRawBufferPointer(rebasing: bytes[done...])
         let start = offset &+ UInt64(done)
-        let held = image.ranges.lockExclusive(start, UInt64(rest.count))
+        do throws(ImageError) {
+            try writeAlone(rest, at: start, image)
+        } catch where error.isNoSpace {
+            // What was dropped since the last commit still takes space.
+            try commit.now()
+            try writeAlone(rest, at: start, image)
+        }
+    }
+
+    private func writeAlone(
+        _ bytes: UnsafeRawBufferPointer, at offset: UInt64, _ image: Image
+    ) throws(ImageError) {
+        let held = image.ranges.lockExclusive(offset, UInt64(bytes.count))
         defer { image.ranges.unlock(held) }
-        try image.writeLocked(rest, at: start, self)
+        try image.writeLocked(bytes, at: offset, self)
     }
 
     @inline(__always)

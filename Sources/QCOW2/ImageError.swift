@@ -60,6 +60,12 @@ public struct ImageError: Error, Equatable, Sendable, CustomStringConvertible {
         }
     }
 
+    /// Whether space was missing: everything is as it was, and space may come back.
+    var isNoSpace: Bool {
+        if case .system(.noSpace, _) = kind { return true }
+        return false
+    }
+
     public var description: String {
         file.isEmpty ? reason : "\(file): \(reason)"
     }
