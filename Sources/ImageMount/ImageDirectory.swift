@@ -27,7 +27,8 @@ struct ImageDirectory: Sendable {
     }
 
     func opener(for path: String) -> ImageOpener {
-        ImageOpener(path: path, options: options, imageCount: 1)
+        // How many will be open at once is not known; a few, mostly.
+        ImageOpener(path: path, options: options, imageCount: 4)
     }
 
     /// Refuses a directory in which two images would have one name.

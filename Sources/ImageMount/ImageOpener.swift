@@ -20,8 +20,9 @@ struct ImageOpener: Sendable {
             access: options.isReadOnly || options.forcesShare ? .readOnly : .readWrite,
             policy: options.policy,
             locking: options.forcesShare ? .forceShare : .required,
-            // Each image has its own cache; a mount of many shares the room.
+            // Each image has its own caches; a mount of many shares the room.
             cacheByteCount: max(options.cacheByteCount / max(imageCount, 1), 1 << 20),
+            decompressedCacheByteCount: max((32 << 20) / max(imageCount, 1), 4 << 20),
             bypassesPageCache: options.bypassesPageCache,
             logger: options.logger)
     }

@@ -73,6 +73,7 @@ public enum Mounting {
             throw MountError("", "the daemon cannot be started: \(error)")
         }
         if process > 0 {
+            SignalWatch.unblock()
             try pipe.wait(for: process)
             whenReady(daemon.rawFiles)
             // What was opened belongs to the daemon now.

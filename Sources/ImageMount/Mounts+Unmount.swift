@@ -31,7 +31,7 @@ extension Mounts {
     /// Unmounts, or says who keeps the mount busy.
     private static func takeAway(_ entry: MountEntry) throws(MountError) {
         do throws(SystemError) {
-            try Unmounter.unmount(entry.mountpoint)
+            try unmountPatiently(entry.mountpoint)
         } catch {
             guard error.code == EBUSY else { throw MountError(entry.mountpoint, error) }
             let users = BusyMount.users(of: entry.mountpoint)
@@ -41,6 +41,20 @@ extension Mounts {
             throw MountError(
                 entry.mountpoint, users.map { "busy: used by \($0)" } ?? "busy: somebody uses it")
         }
+    }
+
+    /// Tries for a third of a second: a loop device that was detached, or a program that was ended,
+    /// lets go a moment later.
+    private static func unmountPatiently(_ mountpoint: String) throws(SystemError) {
+        for _ in 0..<10 {
+            do throws(SystemError) {
+                return try Unmounter.unmount(mountpoint)
+            } catch {
+                guard error.code == EBUSY else { throw error }
+                usleep(30_000)
+            }
+        }
+        try Unmounter.unmount(mountpoint)
     }
 
     private static func judge(_ lastWord: String?, _ entry: MountEntry) throws(MountError) {

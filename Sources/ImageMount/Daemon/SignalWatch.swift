@@ -19,6 +19,12 @@ final class SignalWatch: Sendable {
         return signals
     }
 
+    /// Takes the signals again as any process does: in the caller, which only waits for the daemon.
+    static func unblock() {
+        var signals = watched
+        pthread_sigmask(SIG_UNBLOCK, &signals, nil)
+    }
+
     /// Blocks the signals in this thread and in every thread that it will start.
     static func block() {
         var signals = watched
