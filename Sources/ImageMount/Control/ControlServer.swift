@@ -62,8 +62,11 @@ final class ControlServer: Sendable {
         ControlSocket.limit(connection, seconds: 2)
         let question = Self.line(from: connection)
         if question == "wait" {
-            ControlSocket.send("waiting\n", to: connection)
-            waiting.withLock { $0.append(connection) }
+            // In one step with the answer: whoever has it unmounts, and must be told of the end.
+            waiting.withLock { waiting in
+                ControlSocket.send("waiting\n", to: connection)
+                waiting.append(connection)
+            }
             return
         }
         let lines = question.flatMap(answer) ?? []
