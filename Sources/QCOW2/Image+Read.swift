@@ -139,7 +139,7 @@ extension Image {
 
     /// Where a run can be taken from without a copy.
     @inline(__always)
-    private func address(of source: Source) -> UnsafeRawPointer? {
+    func address(of source: Source) -> UnsafeRawPointer? {
         switch source.extent.kind {
         case .data:
             layers[source.layer].address(of: source.extent.host, byteCount: source.extent.byteCount)

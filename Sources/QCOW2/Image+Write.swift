@@ -77,6 +77,10 @@ extension Image {
         if file.isUntouched(from: host), try readsZeroAround(start, guest, end, UInt64(tail)) {
             return try file.write(bytes, at: host &+ UInt64(head))
         }
+        let behind = host &+ UInt64(head + bytes.count)
+        if try copyMapped(start, count: head, to: host), try copyMapped(end, count: tail, to: behind) {
+            return try file.write(bytes, at: host &+ UInt64(head))
+        }
         try writing.scratch.withBuffer { scratch throws(ImageError) in
             if head + bytes.count + tail <= scratch.count {
                 let whole = UnsafeMutableRawBufferPointer(
@@ -92,8 +96,31 @@ extension Image {
             }
             try copy(start, count: head, to: host, through: scratch)
             try file.write(bytes, at: host &+ UInt64(head))
-            try copy(end, count: tail, to: host &+ UInt64(head + bytes.count), through: scratch)
+            try copy(end, count: tail, to: behind, through: scratch)
         }
+    }
+
+    /// Copies guest bytes to host bytes from the mappings of the files they lie in, which spares
+    /// a copy in memory.  False where that cannot be done; some may have been copied by then.
+    private func copyMapped(_ guest: UInt64, count: Int, to host: UInt64) throws(ImageError) -> Bool {
+        let end = guest &+ UInt64(count)
+        guard end <= size else { return false }
+        var offset = guest
+        while offset < end {
+            let source = try locate(offset, limit: end &- offset)
+            guard source.extent.kind == .data, let address = address(of: source) else { return false }
+            let byteCount = Int(truncatingIfNeeded: source.extent.byteCount)
+            do throws(ImageError) {
+                try layers.pointee.file.write(
+                    UnsafeRawBufferPointer(start: address, count: byteCount),
+                    at: host &+ (offset &- guest))
+            } catch {
+                // EFAULT where a file was cut short.  What is wrong shows when it is read.
+                return false
+            }
+            offset &+= source.extent.byteCount
+        }
+        return true
     }
 
     /// Copies guest bytes, as they read now, to host bytes, piece by piece.
