@@ -46,8 +46,10 @@ struct FileNode: ~Copyable, Sendable {
     }
 
     var isPermanent: Bool { state.withLock { $0.isPermanent } }
-    var writerCount: Int { state.withLock { $0.counts.writerCount } }
-    var handleCount: Int { state.withLock { $0.counts.handleCount } }
+    /// Handles by which the kernel's pages can become dirty.
+    var writerCount: Int { state.withLock { $0.counts.cachedWriterCount } }
+    /// Handles that read and write through the kernel's pages.
+    var cachedHandleCount: Int { state.withLock { $0.counts.cachedHandleCount } }
 
     /// Has a look at the image, where it is open; it stays open until `body` returns.
     borrowing func withOpenImage<Result: Sendable>(
@@ -72,7 +74,7 @@ extension FileNode {
 
     /// Opens the file for a client, and the image where it is not open.
     borrowing func open(isWriter: Bool, prefersDirect: Bool) throws(SystemError) -> Opening {
-        waitForOthers(wantedMode: prefersDirect ? .direct : .cached)
+        if prefersDirect { waitForWriters() }
         return try locked { state throws(SystemError) in
             let image = try Self.image(in: &state, opener: opener)
             let isFresh = state.counts.handleCount == 0 && state.wasClosed
@@ -82,16 +84,10 @@ extension FileNode {
         }
     }
 
-    /// Gives handles of the other mode a moment to go: a client's close returns before we hear of it,
-    /// and one that closes and opens again should get what it asks for.
-    private borrowing func waitForOthers(wantedMode: OpenCounts.Mode) {
-        for _ in 0..<15 {
-            let isFree = state.withLock {
-                $0.counts.handleCount == 0 || $0.counts.mode == wantedMode
-            }
-            if isFree { return }
-            usleep(200)
-        }
+    /// Gives cached writers a moment to go: a client's close returns before we hear of it, and one
+    /// that closes and opens again should get what it asks for.
+    private borrowing func waitForWriters() {
+        for _ in 0..<15 where writerCount > 0 { usleep(200) }
     }
 
     /// Opens the file for this process itself, which only flushes what the kernel holds.
@@ -99,13 +95,13 @@ extension FileNode {
         try locked { state throws(SystemError) in
             guard let image = state.image else { throw SystemError(code: ENOENT) }
             state.ownHandleCount += 1
-            return Opening(image: image, mode: state.counts.mode, keepsCache: true)
+            return Opening(image: image, mode: .cached, keepsCache: true)
         }
     }
 
-    borrowing func close(isWriter: Bool) {
+    borrowing func close(isWriter: Bool, mode: OpenCounts.Mode) {
         state.withLock { state in
-            state.counts.leave(isWriter: isWriter)
+            state.counts.leave(isWriter: isWriter, mode: mode)
             Self.closeIfUnused(&state)
         }
     }

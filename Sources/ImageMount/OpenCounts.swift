@@ -1,8 +1,4 @@
-/// How the handles that are open on one file may use the kernel's page cache.
-///
-/// Direct and cached handles are never open together: a direct write would pass by the pages that a
-/// cached reader keeps, and on older kernels nothing throws those away.  Whoever opens first decides,
-/// and until the last handle is closed everybody else follows.
+/// How the handles that are open on one file use the kernel's page cache.
 package struct OpenCounts: Sendable, Equatable {
     package enum Mode: Sendable {
         /// Through the page cache, which stays valid from one open to the next.
@@ -11,26 +7,35 @@ package struct OpenCounts: Sendable, Equatable {
         case direct
     }
 
-    /// Handles of clients.
-    package private(set) var handleCount = 0
-    /// Those of them that may write.
-    package private(set) var writerCount = 0
-    package private(set) var mode = Mode.cached
+    package private(set) var cachedHandleCount = 0
+    private var directHandleCount = 0
+    /// Handles by which pages of the cache can become dirty: reads past the cache must not miss them.
+    package private(set) var cachedWriterCount = 0
 
     package init() {}
+
+    package var handleCount: Int { cachedHandleCount + directHandleCount }
 
     /// Counts a new handle and says how it uses the cache.
     ///
     /// - Parameter prefersDirect: the client opened for writing with O_DIRECT.
     package mutating func admit(isWriter: Bool, prefersDirect: Bool) -> Mode {
-        if handleCount == 0 { mode = prefersDirect ? .direct : .cached }
-        handleCount += 1
-        if isWriter { writerCount += 1 }
-        return mode
+        if prefersDirect, cachedWriterCount == 0 {
+            directHandleCount += 1
+            return .direct
+        }
+        cachedHandleCount += 1
+        if isWriter { cachedWriterCount += 1 }
+        return .cached
     }
 
-    package mutating func leave(isWriter: Bool) {
-        handleCount -= 1
-        if isWriter { writerCount -= 1 }
+    /// Counts a handle out, with what was said when it was admitted.
+    package mutating func leave(isWriter: Bool, mode: Mode) {
+        switch mode {
+        case .direct: directHandleCount -= 1
+        case .cached:
+            cachedHandleCount -= 1
+            if isWriter { cachedWriterCount -= 1 }
+        }
     }
 }

@@ -10,33 +10,39 @@ struct OpenCountsTests {
         #expect(counts.admit(isWriter: true, prefersDirect: true) == .direct)
     }
 
-    @Test("A direct writer beside a cached reader goes through the cache")
-    func directBesideCached() {
+    @Test("A direct writer beside a cached reader goes past the cache")
+    func directBesideReader() {
         var counts = OpenCounts()
         _ = counts.admit(isWriter: false, prefersDirect: false)
+        #expect(counts.admit(isWriter: true, prefersDirect: true) == .direct)
+    }
+
+    @Test("A direct writer beside a cached writer goes through the cache")
+    func directBesideWriter() {
+        var counts = OpenCounts()
+        _ = counts.admit(isWriter: true, prefersDirect: false)
         #expect(counts.admit(isWriter: true, prefersDirect: true) == .cached)
     }
 
-    @Test("A reader beside a direct writer goes past the cache")
+    @Test("Whoever does not ask for it goes through the cache, for mappings need it")
     func cachedBesideDirect() {
         var counts = OpenCounts()
         _ = counts.admit(isWriter: true, prefersDirect: true)
-        #expect(counts.admit(isWriter: false, prefersDirect: false) == .direct)
+        #expect(counts.admit(isWriter: true, prefersDirect: false) == .cached)
     }
 
-    @Test("After the last handle the next one decides anew")
+    @Test("After the last cached writer a direct one goes past the cache")
     func decidesAnew() {
         var counts = OpenCounts()
-        _ = counts.admit(isWriter: true, prefersDirect: true)
-        counts.leave(isWriter: true)
-        #expect(counts.admit(isWriter: false, prefersDirect: false) == .cached)
+        _ = counts.admit(isWriter: true, prefersDirect: false)
+        counts.leave(isWriter: true, mode: .cached)
+        #expect(counts.admit(isWriter: true, prefersDirect: true) == .direct)
     }
 
-    @Test("Writers are counted apart")
-    func writers() {
+    @Test("Direct writers make no page dirty")
+    func dirtying() {
         var counts = OpenCounts()
-        _ = counts.admit(isWriter: true, prefersDirect: false)
-        _ = counts.admit(isWriter: false, prefersDirect: false)
-        #expect(counts.writerCount == 1)
+        _ = counts.admit(isWriter: true, prefersDirect: true)
+        #expect(counts.cachedWriterCount == 0)
     }
 }

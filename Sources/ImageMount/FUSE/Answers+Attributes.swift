@@ -95,7 +95,7 @@ extension FileNode {
         guard !isReadOnly else { throw .readOnly }
         // Opened as by a client, for a change of size may come without an open file.
         let opening = try open(isWriter: true, prefersDirect: false)
-        defer { close(isWriter: true) }
+        defer { close(isWriter: true, mode: opening.mode) }
         _ = try opening.image.pointer.pointee.truncate(to: size)
     }
 }

@@ -2,8 +2,24 @@ internal import CFuse3
 internal import Glibc
 internal import QCOW2
 
-/// Answers a read with pieces of the image's files; short only at the end of the disk.
+/// Answers a read; past the page cache, what other clients have dirty there is written first.
+@inline(__always)
 func answerRead(
+    _ count: Int, at offset: UInt64, _ number: fuse_ino_t, _ handle: Handle,
+    _ context: borrowing MountContext, _ reply: consuming Reply
+) {
+    if handle.isDirect, let node = context.node(number), node.pointee.writerCount > 0 {
+        context.ownAccess.readAfterFlush(
+            PendingRead(
+                request: reply.later(), number: number, handle: handle, count: count,
+                offset: offset))
+    } else {
+        read(count, at: offset, handle, context, reply)
+    }
+}
+
+/// Answers a read with pieces of the image's files; short only at the end of the disk.
+func read(
     _ count: Int, at offset: UInt64, _ handle: Handle, _ context: borrowing MountContext,
     _ reply: consuming Reply
 ) {
@@ -40,12 +56,30 @@ private func reportLostReply(
     context.log.once("\(image.pointee.path): a file of the image was cut short or cannot be read")
 }
 
-/// Answers a write.
-///
-/// - Parameter isFromCache: the kernel has kept the bytes for a while, and believes the file to be
-///   as large as they reach; a short answer would tell nobody that they do not all fit.
+/// How bytes came from the client to us.
+enum WritePath {
+    /// The kernel passes on what the client has just written.
+    case through
+    /// The kernel has kept the bytes for a while, and believes the file to be as large as they
+    /// reach: a short answer would tell nobody that they do not all fit.
+    case fromCache
+    /// With O_DIRECT, past the kernel's pages.
+    case direct
+
+    @inline(__always)
+    init(_ info: UnsafeMutablePointer<fuse_file_info>?) {
+        guard let info else {
+            self = .through
+            return
+        }
+        self =
+            info.pointee.writepage == 1
+            ? .fromCache : info.pointee.flags & O_DIRECT != 0 ? .direct : .through
+    }
+}
+
 func answerWrite(
-    _ bytes: UnsafeRawBufferPointer, at offset: UInt64, isFromCache: Bool, _ number: fuse_ino_t,
+    _ bytes: UnsafeRawBufferPointer, at offset: UInt64, _ path: WritePath, _ number: fuse_ino_t,
     _ handle: Handle, _ context: borrowing MountContext, _ reply: consuming Reply
 ) {
     guard let image = handle.image else { return reply.status(EBADF) }
@@ -54,13 +88,29 @@ func answerWrite(
         let count = try image.pointee.write(bytes, at: offset)
         // Counted before the answer: whoever asks after it finds the write.
         context.counters.pointer.pointee.writes.add(count, since: start)
-        guard count == bytes.count || !isFromCache || !context.writesBack else { throw .noSpace }
-        reply.written(count)
+        guard count == bytes.count || path != .fromCache || !context.writesBack else {
+            throw .noSpace
+        }
+        if path == .direct, hasCachedHandles(number, besides: handle, context) {
+            context.ownAccess.answerAfterDroppingPages(
+                PendingWrite(
+                    request: reply.later(), number: number, offset: offset, count: count))
+        } else {
+            reply.written(count)
+        }
     } catch {
         // The kernel that writes back has already believed the larger size.
         if context.writesBack, error == .noSpace { context.ownAccess.restoreSize(of: number) }
         reply.status(error.code)
     }
+}
+
+/// Whether somebody else may have pages of the file.
+private func hasCachedHandles(
+    _ number: fuse_ino_t, besides handle: Handle, _ context: borrowing MountContext
+) -> Bool {
+    guard let node = context.node(number) else { return false }
+    return node.pointee.cachedHandleCount > (handle.isDirect ? 0 : 1)
 }
 
 func answerFlush(_ handle: Handle, _ context: borrowing MountContext, _ reply: consuming Reply) {

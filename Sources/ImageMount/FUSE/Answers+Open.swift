@@ -13,14 +13,16 @@ func answerOpen(
     do throws(SystemError) {
         // What a kernel holds back while it writes back must be seen by direct requests too: with
         // cached handles it looks after that itself.
-        let prefersDirect = isWriter && flags & O_DIRECT != 0 && !context.writesBack
+        let prefersDirect =
+            isWriter && flags & O_DIRECT != 0 && !context.writesBack
+            && context.kernel.keepsDirectWritersCoherent
         let opening =
             isOwn
             ? try node.pointee.openForFlushing()
             : try node.pointee.open(isWriter: isWriter, prefersDirect: prefersDirect)
-        let handle = Handle(opening.image, isOwn: isOwn)
+        let handle = Handle(opening, isOwn: isOwn)
         if !reply.opened(handle.word, flags: opening.flags) {
-            close(node, isOwn: isOwn, isWriter: isWriter)
+            close(node, handle, isWriter: isWriter)
         }
     } catch {
         reply.status(error.code)
@@ -34,15 +36,15 @@ func answerRelease(
     guard let node = context.node(number), let info, let handle = Handle(info) else {
         return reply.status(EBADF)
     }
-    close(node, isOwn: handle.isOwn, isWriter: info.pointee.flags & O_ACCMODE != O_RDONLY)
+    close(node, handle, isWriter: info.pointee.flags & O_ACCMODE != O_RDONLY)
     reply.status(0)
 }
 
-private func close(_ node: UnsafeMutablePointer<FileNode>, isOwn: Bool, isWriter: Bool) {
-    if isOwn {
+private func close(_ node: UnsafeMutablePointer<FileNode>, _ handle: Handle, isWriter: Bool) {
+    if handle.isOwn {
         node.pointee.closeAfterFlushing()
     } else {
-        node.pointee.close(isWriter: isWriter)
+        node.pointee.close(isWriter: isWriter, mode: handle.mode)
     }
 }
 

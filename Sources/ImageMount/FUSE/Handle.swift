@@ -8,10 +8,14 @@ struct Handle {
 
     /// The handle was opened by this process, which only flushes the file's dirty pages.
     private static let ownFlag: UInt64 = 1
+    /// The handle goes past the page cache.
+    private static let directFlag: UInt64 = 2
 
-    init(_ image: ImageAddress, isOwn: Bool) {
-        // Memory that was allocated is aligned to more than the flag's bit.
-        word = UInt64(UInt(bitPattern: image.pointer)) | (isOwn ? Self.ownFlag : 0)
+    init(_ opening: FileNode.Opening, isOwn: Bool) {
+        // Memory that was allocated is aligned to more than the flags' bits.
+        word =
+            UInt64(UInt(bitPattern: opening.image.pointer)) | (isOwn ? Self.ownFlag : 0)
+            | (opening.mode == .direct ? Self.directFlag : 0)
     }
 
     @inline(__always)
@@ -21,9 +25,11 @@ struct Handle {
     }
 
     var isOwn: Bool { word & Self.ownFlag != 0 }
+    var isDirect: Bool { word & Self.directFlag != 0 }
+    var mode: OpenCounts.Mode { isDirect ? .direct : .cached }
 
     @inline(__always)
     var image: UnsafeMutablePointer<MountedImage>? {
-        UnsafeMutablePointer(bitPattern: UInt(word & ~Self.ownFlag))
+        UnsafeMutablePointer(bitPattern: UInt(word & ~(Self.ownFlag | Self.directFlag)))
     }
 }

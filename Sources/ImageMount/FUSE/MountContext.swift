@@ -15,6 +15,7 @@ struct MountContext: ~Copyable, Sendable {
     let writesBack: Bool
     let scratch: Scratch.Key
     let ownAccess: OwnAccess
+    let kernel = KernelVersion()
     let counters: CountersAddress
     /// Trouble with the kernel's side, each told once.
     let log: TroubleLog

@@ -13,6 +13,7 @@ extension fuse_lowlevel_ops {
         operations.`init` = { context, connection in
             guard let context, let connection else { return }
             let address = context.assumingMemoryBound(to: MountContext.self)
+            address.pointee.kernel.learn(minor: connection.pointee.proto_minor)
             agree(on: connection, writesBack: address.pointee.writesBack)
         }
         operations.lookup = { request, _, name in
@@ -49,18 +50,18 @@ extension fuse_lowlevel_ops {
         operations.release = { request, number, info in
             serve(request) { answerRelease(number, info, $0, $1) }
         }
-        operations.read = { request, _, count, offset, info in
+        operations.read = { request, number, count, offset, info in
             guard let handle = Handle(info) else { return refuse(request) }
-            serve(request) { answerRead(count, at: UInt64(clamping: offset), handle, $0, $1) }
+            serve(request) {
+                answerRead(count, at: UInt64(clamping: offset), number, handle, $0, $1)
+            }
         }
         operations.write = { request, number, data, count, offset, info in
             guard let handle = Handle(info) else { return refuse(request) }
             let bytes = UnsafeRawBufferPointer(start: data, count: count)
-            let isFromCache = info?.pointee.writepage == 1
+            let path = WritePath(info)
             serve(request) {
-                answerWrite(
-                    bytes, at: UInt64(clamping: offset), isFromCache: isFromCache, number, handle,
-                    $0, $1)
+                answerWrite(bytes, at: UInt64(clamping: offset), path, number, handle, $0, $1)
             }
         }
         operations.fsync = { request, _, _, info in
@@ -87,7 +88,7 @@ extension fuse_lowlevel_ops {
 
 /// Hands `body` the mount behind `request`, and the one reply it must give.
 @inline(__always)
-private func serve(
+func serve(
     _ request: fuse_req_t?, _ body: (borrowing MountContext, consuming Reply) -> Void
 ) {
     guard let request, let context = fuse_req_userdata(request) else { return }

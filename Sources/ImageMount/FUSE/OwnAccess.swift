@@ -36,6 +36,8 @@ final class OwnAccess: Sendable {
 
     private enum Job: Sendable {
         case seek(PendingSeek)
+        case read(PendingRead)
+        case written(PendingWrite)
         case restoreSize(fuse_ino_t)
     }
 
@@ -61,6 +63,8 @@ final class OwnAccess: Sendable {
             }
             switch job {
             case .seek(let pending): answer(pending)
+            case .read(let pending): answer(pending)
+            case .written(let pending): answer(pending)
             case .restoreSize(let number): restore(number)
             case nil: break
             }
@@ -163,6 +167,55 @@ extension OwnAccess {
         let size = pending.image.pointer.pointee.size
         guard pending.offset < size else { return reply.status(ENXIO) }
         reply.offset(pending.target == .data ? pending.offset : size)
+    }
+}
+
+// MARK: Reading and writing past the cache
+
+/// A client that has written past the page cache while others may hold pages there.
+struct PendingWrite: @unchecked Sendable {
+    // Sendable: the request belongs to whoever holds this.
+    let request: fuse_req_t
+    let number: fuse_ino_t
+    let offset: UInt64
+    let count: Int
+}
+
+/// A client that reads past the page cache while others may have dirty pages there.
+struct PendingRead: @unchecked Sendable {
+    // Sendable: the request belongs to whoever holds this, and the image stays open meanwhile.
+    let request: fuse_req_t
+    let number: fuse_ino_t
+    let handle: Handle
+    let count: Int
+    let offset: UInt64
+}
+
+extension OwnAccess {
+    /// Answers `pending` when the pages that the kernel holds have been written.
+    func readAfterFlush(_ pending: PendingRead) { add(.read(pending)) }
+
+    /// Answers `pending` when the kernel has forgotten what it had read there before: for
+    /// asynchronous writes it looks after that too early, and keeps what a reader brings in between.
+    func answerAfterDroppingPages(_ pending: PendingWrite) { add(.written(pending)) }
+
+    private func answer(_ pending: PendingWrite) {
+        if let session = session.withLock({ $0 }), pending.count > 0 {
+            fuse_lowlevel_notify_inval_inode(
+                session.pointer, pending.number, off_t(clamping: pending.offset),
+                off_t(clamping: pending.count))
+        }
+        Reply(pending.request).written(pending.count)
+    }
+
+    private func answer(_ pending: PendingRead) {
+        let wasFlushed = node(pending.number).map { flush($0) } ?? false
+        guard wasFlushed || dropPages(of: pending.number) else {
+            return Reply(pending.request).status(EIO)
+        }
+        serve(pending.request) {
+            read(pending.count, at: pending.offset, pending.handle, $0, $1)
+        }
     }
 }
 
