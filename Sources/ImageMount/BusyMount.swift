@@ -11,7 +11,8 @@ enum BusyMount {
     }
 
     private static func loopDevices(on mountpoint: String) -> [String] {
-        TextFile.names(in: "/sys/block").filter { $0.hasPrefix("loop") }.sorted().compactMap { name in
+        TextFile.names(in: "/sys/block").filter { $0.hasPrefix("loop") }.sorted().compactMap {
+            name in
             guard let file = TextFile.contents(of: "/sys/block/\(name)/loop/backing_file"),
                 lies(String(file.dropLast()), in: mountpoint)
             else { return nil }
@@ -20,8 +21,10 @@ enum BusyMount {
     }
 
     private static func mounts(on mountpoint: String) -> [String] {
-        MountTable.entries().filter { $0.mountpoint != mountpoint && lies($0.mountpoint, in: mountpoint) }
-            .map { "the mount at \($0.mountpoint) (umount \($0.mountpoint))" }
+        MountTable.entries().filter {
+            $0.mountpoint != mountpoint && lies($0.mountpoint, in: mountpoint)
+        }
+        .map { "the mount at \($0.mountpoint) (umount \($0.mountpoint))" }
     }
 
     private static func processes(in mountpoint: String) -> [String] {
@@ -35,7 +38,8 @@ enum BusyMount {
     /// Looks at names only: asking for more would ask the daemon, which may be the one who looks.
     private static func uses(_ process: Int32, _ mountpoint: String) -> Bool {
         let folder = "/proc/\(process)"
-        let links = ["\(folder)/cwd", "\(folder)/root"]
+        let links =
+            ["\(folder)/cwd", "\(folder)/root"]
             + TextFile.names(in: "\(folder)/fd").map { "\(folder)/fd/\($0)" }
         if links.contains(where: { TextFile.link($0).map { lies($0, in: mountpoint) } ?? false }) {
             return true

@@ -3,7 +3,9 @@ internal import QCOW2
 
 extension Catalogue {
     /// Opens the images of `request` and gives each its name; starts no thread.
-    static func make(_ request: MountRequest, at mountpoint: Mountpoint) throws(MountError) -> Catalogue {
+    static func make(_ request: MountRequest, at mountpoint: Mountpoint) throws(MountError)
+        -> Catalogue
+    {
         let options = request.options
         var sources: [String] = []
         for image in request.images { sources.append(try source(image, options)) }
@@ -19,14 +21,17 @@ extension Catalogue {
         var nodes: [NodeAddress] = []
         for (source, name) in zip(sources, names) {
             let opener = ImageOpener(path: source, options: options, imageCount: sources.count)
-            nodes.append(NodeAddress(FileNode(name: name, opener: opener, image: try opener.open())))
+            nodes.append(
+                NodeAddress(FileNode(name: name, opener: opener, image: try opener.open())))
         }
         return Catalogue(
             mountpoint.isFile ? .file : .directory, source: joined(sources), nodes: nodes)
     }
 
     /// The absolute path of an image that may be opened as it is wanted.
-    private static func source(_ image: String, _ options: MountOptions) throws(MountError) -> String {
+    private static func source(_ image: String, _ options: MountOptions) throws(MountError)
+        -> String
+    {
         var status = stat()
         guard stat(image, &status) == 0 else {
             let hint = image == "-" ? "an image is a file: a stream cannot be mounted" : nil
@@ -39,7 +44,8 @@ extension Catalogue {
         let writes = !options.isReadOnly && !options.forcesShare && options.overlay == nil
         if kind == S_IFREG, writes, access(image, W_OK) != 0, access(image, R_OK) == 0 {
             throw MountError(
-                image, "may only be read (\(SystemError(code: EACCES))):"
+                image,
+                "may only be read (\(SystemError(code: EACCES))):"
                     + " give --read-only to mount it so")
         }
         do throws(SystemError) {
@@ -50,7 +56,9 @@ extension Catalogue {
     }
 
     /// The name of each image's raw file.
-    private static func names(of sources: [String], _ options: MountOptions) throws(MountError) -> [String] {
+    private static func names(of sources: [String], _ options: MountOptions) throws(MountError)
+        -> [String]
+    {
         if let name = options.name {
             guard sources.count == 1 else {
                 throw MountError("--name", "names one image, and \(sources.count) are given")
@@ -80,10 +88,12 @@ extension Catalogue {
             throw MountError(path, "is a directory, which is mounted alone")
         }
         guard !mountpoint.isFile else {
-            throw MountError(mountpoint.path, "a directory of images needs a directory to be mounted on")
+            throw MountError(
+                mountpoint.path, "a directory of images needs a directory to be mounted on")
         }
         guard options.name == nil, options.overlay == nil else {
-            throw MountError(path, "--name and --overlay are for a single image, not for a directory")
+            throw MountError(
+                path, "--name and --overlay are for a single image, not for a directory")
         }
         let directory = ImageDirectory(path: path, options: options)
         try directory.checkNames()

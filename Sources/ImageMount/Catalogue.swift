@@ -70,7 +70,8 @@ final class Catalogue: Sendable {
     }
 
     /// The node of an image in the mirrored directory: the one it had, or a new one.
-    private func node(for found: ImageDirectory.Found, in directory: ImageDirectory) -> NodeAddress {
+    private func node(for found: ImageDirectory.Found, in directory: ImageDirectory) -> NodeAddress
+    {
         nodes.withLock { nodes in
             if let known = nodes[found.name], known.pointer.pointee.identity == found.identity {
                 return known

@@ -37,7 +37,8 @@ struct ImageDirectory: Sendable {
         var owners: [String: String] = [:]
         for image in TextFile.names(in: path).sorted().compactMap({ image(in: $0) }) {
             if let other = owners.updateValue(image.path, forKey: image.name) {
-                throw MountError(image.path, "would be called \(image.name), as \(other) is already")
+                throw MountError(
+                    image.path, "would be called \(image.name), as \(other) is already")
             }
         }
     }

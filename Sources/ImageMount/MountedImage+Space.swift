@@ -56,7 +56,9 @@ extension MountedImage {
     }
 
     /// Where `lseek` goes from `offset`; ENXIO past the last data or the end of the disk.
-    package borrowing func seek(_ target: SeekTarget, from offset: UInt64) throws(SystemError) -> UInt64 {
+    package borrowing func seek(_ target: SeekTarget, from offset: UInt64) throws(SystemError)
+        -> UInt64
+    {
         guard offset < image.size else { throw SystemError(code: ENXIO) }
         switch target {
         case .data:

@@ -17,12 +17,14 @@ extension Mounts {
         }
         try takeAway(entry)
         if let other = MountTable.entries().first(where: { $0.device == entry.device }) {
-            throw MountError(entry.mountpoint, "unmounted, but the same mount is at \(other.mountpoint)")
+            throw MountError(
+                entry.mountpoint, "unmounted, but the same mount is at \(other.mountpoint)")
         }
         let limit = timeout.map { Int32(clamping: Int(($0 * 1000).rounded(.up))) } ?? -1
         guard daemon.waitForEnd(milliseconds: limit) else {
             throw MountError(
-                entry.mountpoint, "unmounted, but its daemon (pid \(client.process)) is still"
+                entry.mountpoint,
+                "unmounted, but its daemon (pid \(client.process)) is still"
                     + " writing and closing \(entry.source)")
         }
         try judge(client.lastWord(), entry)
@@ -36,7 +38,8 @@ extension Mounts {
             guard error.code == EBUSY else { throw MountError(entry.mountpoint, error) }
             let users = BusyMount.users(of: entry.mountpoint)
             if users == nil, geteuid() != 0, entry.userID != geteuid() {
-                throw MountError(entry.mountpoint, "mounted by another user (id \(entry.userID ?? 0))")
+                throw MountError(
+                    entry.mountpoint, "mounted by another user (id \(entry.userID ?? 0))")
             }
             throw MountError(
                 entry.mountpoint, users.map { "busy: used by \($0)" } ?? "busy: somebody uses it")
@@ -86,7 +89,8 @@ extension Mounts {
 
     /// Brings what the killed daemon wrote to stable storage.
     private static func sync(_ source: String) throws(SystemError) {
-        let paths = access(source, F_OK) == 0 ? [source] : source.split(separator: ":").map(String.init)
+        let paths =
+            access(source, F_OK) == 0 ? [source] : source.split(separator: ":").map(String.init)
         for path in paths {
             let descriptor = open(path, O_RDONLY | O_CLOEXEC)
             guard descriptor >= 0 else { continue }

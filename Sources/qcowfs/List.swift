@@ -31,14 +31,16 @@ struct List: Verb {
 
     private static func show(_ mounts: [Mounts.Summary]) {
         guard !mounts.isEmpty else { return }
-        let rows = [["IMAGE", "MOUNTPOINT", "MODE", "PID", "SINCE"]] + mounts.map { mount in
-            [
-                Failure.oneLine(mount.image), Failure.oneLine(mount.mountpoint),
-                mount.isReadOnly ? "ro" : "rw",
-                mount.isDead ? "dead" : mount.processID.map(String.init) ?? "?",
-                mount.since.map(Clock.local) ?? "?",
-            ]
-        }
+        let rows =
+            [["IMAGE", "MOUNTPOINT", "MODE", "PID", "SINCE"]]
+            + mounts.map { mount in
+                [
+                    Failure.oneLine(mount.image), Failure.oneLine(mount.mountpoint),
+                    mount.isReadOnly ? "ro" : "rw",
+                    mount.isDead ? "dead" : mount.processID.map(String.init) ?? "?",
+                    mount.since.map(Clock.local) ?? "?",
+                ]
+            }
         print(TextTable.text(rows))
     }
 }

@@ -16,7 +16,8 @@ struct Mount: Verb {
 
     @OptionGroup var flags: MountFlags
 
-    @Argument(help: ArgumentHelp("Images, and where to mount them.", valueName: "image... mountpoint"))
+    @Argument(
+        help: ArgumentHelp("Images, and where to mount them.", valueName: "image... mountpoint"))
     var paths: [String]
 
     func validate() throws {
@@ -86,7 +87,8 @@ struct Mount: Verb {
             throw ImageError(.unsupported(.snapshotAccess), file: "--snapshots")
         }
         if let file = flags.passphraseFile {
-            throw ImageError(.unsupported(.encryption(method: 2)), file: "--passphrase-file \(file)")
+            throw ImageError(
+                .unsupported(.encryption(method: 2)), file: "--passphrase-file \(file)")
         }
     }
 }

@@ -69,7 +69,8 @@ struct MountFlags: ParsableArguments {
     var writeback = "off"
 
     @Option(
-        help: ArgumentHelp("Where backing files may lie besides the image's directory.", valueName: "dir"))
+        help: ArgumentHelp(
+            "Where backing files may lie besides the image's directory.", valueName: "dir"))
     var allowPath: [String] = []
 
     @Flag(help: "Backing files may lie anywhere.")
@@ -81,7 +82,9 @@ struct MountFlags: ParsableArguments {
     @Option(help: ArgumentHelp("Write the daemon's process id there.", valueName: "file"))
     var pidFile: String?
 
-    @Option(help: ArgumentHelp("Write the log there instead of to the system's log.", valueName: "file"))
+    @Option(
+        help: ArgumentHelp("Write the log there instead of to the system's log.", valueName: "file")
+    )
     var logFile: String?
 
     @Option(

@@ -33,9 +33,10 @@ enum MountHelperForm {
     }
 
     private static func isVerb(_ word: String) -> Bool {
-        word == "help" || Qcowfs.configuration.subcommands.contains {
-            $0.configuration.commandName == word || $0.configuration.aliases.contains(word)
-        }
+        word == "help"
+            || Qcowfs.configuration.subcommands.contains {
+                $0.configuration.commandName == word || $0.configuration.aliases.contains(word)
+            }
     }
 
     /// Drops what mount(8) says to every helper and means nothing here: `-s`, `-n`, `-v`,
@@ -48,7 +49,8 @@ enum MountHelperForm {
                 skipsNext = false
             } else if argument == "-t" || argument == "-N" {
                 skipsNext = true
-            } else if argument.hasPrefix("-"), !argument.hasPrefix("--"), !argument.hasPrefix("-o") {
+            } else if argument.hasPrefix("-"), !argument.hasPrefix("--"), !argument.hasPrefix("-o")
+            {
                 // A cluster such as `-sv`; `-w` and `-r` say what the options say too.
                 if argument.contains("r") { kept.append("--read-only") }
             } else {

@@ -2,7 +2,8 @@
 enum MountWords {
     /// What mount(8) says to every file system, and what is so here in any case.
     private static let meaningless: Set<String> = [
-        "rw", "dev", "nodev", "suid", "nosuid", "exec", "noexec", "auto", "noauto", "user", "nouser",
+        "rw", "dev", "nodev", "suid", "nosuid", "exec", "noexec", "auto", "noauto", "user",
+        "nouser",
         "users", "owner", "group", "_netdev", "nofail", "defaults", "sync", "async", "atime",
         "noatime", "diratime", "nodiratime", "relatime", "norelatime", "strictatime", "lazytime",
         "nolazytime", "dirsync", "silent", "loud", "mand", "nomand", "iversion", "noiversion",

@@ -24,21 +24,12 @@ struct Qcowfs: ParsableCommand {
     /// Runs the verb that `arguments` name, prints what is to be said, and returns the exit status.
     private static func status(of arguments: [String]) -> Int32 {
         do {
-            var command = try parsed(arguments)
+            var command = try parseAsRoot(arguments)
             try command.run()
             return 0
         } catch {
             return report(error)
         }
-    }
-
-    /// The most used verb is parsed by itself: the parser takes milliseconds to look at all of them.
-    private static func parsed(_ arguments: [String]) throws -> any ParsableCommand {
-        if arguments.first == "mount", let mount = try? Mount.parse(Array(arguments.dropFirst())) {
-            return mount
-        }
-        // Help is wanted, or something is wrong: the whole program's parser has the words for it.
-        return try parseAsRoot(arguments)
     }
 
     /// Help and versions go to standard output, wrong usage with the usage to standard error.

@@ -39,14 +39,15 @@ struct Stats: Verb {
     }
 
     private static func rows(_ values: [String: UInt64]) -> [[String]] {
-        [["OPERATION", "COUNT", "BYTES", "MEAN US", "LONGEST US"]] + operations.map { operation in
-            let value = { (name: String) in values["\(operation).\(name)"] ?? 0 }
-            let mean = value("count") == 0 ? 0 : value("nanoseconds") / value("count")
-            return [
-                operation, "\(value("count"))", "\(value("bytes"))", microseconds(mean),
-                microseconds(value("longest-nanoseconds")),
-            ]
-        }
+        [["OPERATION", "COUNT", "BYTES", "MEAN US", "LONGEST US"]]
+            + operations.map { operation in
+                let value = { (name: String) in values["\(operation).\(name)"] ?? 0 }
+                let mean = value("count") == 0 ? 0 : value("nanoseconds") / value("count")
+                return [
+                    operation, "\(value("count"))", "\(value("bytes"))", microseconds(mean),
+                    microseconds(value("longest-nanoseconds")),
+                ]
+            }
     }
 
     /// One digit behind the point.

@@ -8,7 +8,8 @@ struct Umount: Verb {
         abstract: "Unmount, and return when the image is written, closed and unlocked.",
         discussion: "The dead mount of a killed daemon is cleaned up, too.")
 
-    @Option(help: ArgumentHelp("Give up waiting for the daemon after this time.", valueName: "seconds"))
+    @Option(
+        help: ArgumentHelp("Give up waiting for the daemon after this time.", valueName: "seconds"))
     var timeout: Double?
 
     @Flag(name: [.short, .long], help: "Unmount everything that this user has mounted.")

@@ -23,12 +23,12 @@ struct MountedImageTests {
             logger: Logger(label: "", factory: { _ in SwiftLogNoOpLogHandler() }))
     }
 
-    private func write(_ count: Int, at offset: UInt64, to image: borrowing MountedImage) throws -> Int
+    private func write(_ count: Int, at offset: UInt64, to image: borrowing MountedImage) throws
+        -> Int
     {
         let bytes = [UInt8](repeating: 0xA5, count: count)
         return try bytes.withUnsafeBytes { try image.write($0, at: offset) }
     }
-
 
     @Test("A write inside the disk is whole")
     func writeInside() throws {
@@ -106,7 +106,8 @@ struct MountedImageTests {
     func punch() throws {
         let image = try mounted()
         _ = try write(Int(Self.cluster), at: Self.cluster, to: image)
-        let punch = try #require(AllocationRequest(mode: FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE))
+        let punch = try #require(
+            AllocationRequest(mode: FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE))
         try image.allocate(punch, at: Self.cluster, count: Self.cluster)
         #expect(throws: SystemError(code: ENXIO)) { _ = try image.seek(.data, from: 0) }
     }
@@ -116,14 +117,16 @@ struct MountedImageTests {
         var rules = FileRules()
         rules.discard = .ignore
         let image = try mounted(rules: rules)
-        let punch = try #require(AllocationRequest(mode: FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE))
+        let punch = try #require(
+            AllocationRequest(mode: FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE))
         #expect(throws: SystemError.notSupported) { try image.allocate(punch, at: 0, count: 512) }
     }
 
     @Test("Punching past the end is clipped")
     func punchPastEnd() throws {
         let image = try mounted()
-        let punch = try #require(AllocationRequest(mode: FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE))
+        let punch = try #require(
+            AllocationRequest(mode: FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE))
         try image.allocate(punch, at: Self.size - 512, count: 1 << 40)
         #expect(image.size == Self.size)
     }
@@ -190,7 +193,8 @@ struct MountedImageTests {
         #expect(throws: SystemError(code: ENXIO)) { _ = try image.seek(.data, from: 0) }
     }
 
-    @Test("Bytes that are not all zeros are told from those that are", arguments: [0, 1, 2047, 4095])
+    @Test(
+        "Bytes that are not all zeros are told from those that are", arguments: [0, 1, 2047, 4095])
     func notAllZeros(position: Int) {
         var bytes = [UInt8](repeating: 0, count: 4096)
         bytes[position] = 1

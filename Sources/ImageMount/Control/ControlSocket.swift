@@ -10,7 +10,8 @@ enum ControlSocket {
     static func make(
         _ device: String, _ use: (Int32, __CONST_SOCKADDR_ARG, socklen_t) -> Int32
     ) throws(SystemError) -> Int32 {
-        let descriptor = socket(AF_UNIX, Int32(SOCK_STREAM.rawValue) | Int32(SOCK_CLOEXEC.rawValue), 0)
+        let descriptor = socket(
+            AF_UNIX, Int32(SOCK_STREAM.rawValue) | Int32(SOCK_CLOEXEC.rawValue), 0)
         guard descriptor >= 0 else { throw .last }
         var address = sockaddr_un()
         address.sun_family = sa_family_t(AF_UNIX)
@@ -36,7 +37,9 @@ enum ControlSocket {
     static func peer(of descriptor: Int32) -> ucred? {
         var peer = ucred()
         var length = socklen_t(MemoryLayout<ucred>.size)
-        guard getsockopt(descriptor, SOL_SOCKET, SO_PEERCRED, &peer, &length) == 0 else { return nil }
+        guard getsockopt(descriptor, SOL_SOCKET, SO_PEERCRED, &peer, &length) == 0 else {
+            return nil
+        }
         return peer
     }
 

@@ -36,7 +36,8 @@ func answerSetAttributes(
         guard permits(wanted, mask, instead: present) else { return reply.status(EPERM) }
         if mask & FUSE_SET_ATTR_SIZE != 0 {
             guard wanted.st_size >= 0 else { return reply.status(EINVAL) }
-            try node.pointee.truncate(to: UInt64(clamping: wanted.st_size), isReadOnly: context.isReadOnly)
+            try node.pointee.truncate(
+                to: UInt64(clamping: wanted.st_size), isReadOnly: context.isReadOnly)
         }
         reply.attributes(try status(of: node, context), validFor: context.attributeValidity)
     } catch {

@@ -67,7 +67,8 @@ enum LibraryLog {
     private static func take(_ format: UnsafePointer<CChar>, _ arguments: CVaListPointer) {
         var bytes = [CChar](repeating: 0, count: 1024)
         vsnprintf(&bytes, bytes.count, format, arguments)
-        let text = String(decoding: bytes.prefix { $0 != 0 }.map(UInt8.init(bitPattern:)), as: UTF8.self)
+        let text = String(
+            decoding: bytes.prefix { $0 != 0 }.map(UInt8.init(bitPattern:)), as: UTF8.self)
         guard let line = tidy(text) else { return }
         let logger = state.withLock { state in
             if state.logger == nil { state.lines.append(line) }

@@ -33,7 +33,9 @@ struct Scratch {
         @inline(never)
         private func make() -> Scratch? {
             let listByteCount = Scratch.pieceCount &* MemoryLayout<iovec>.stride
-            guard let memory = aligned_alloc(4096, (Scratch.byteCount &+ listByteCount &+ 4095) & ~4095)
+            guard
+                let memory = aligned_alloc(
+                    4096, (Scratch.byteCount &+ listByteCount &+ 4095) & ~4095)
             else { return nil }
             guard pthread_setspecific(key, memory) == 0 else {
                 Glibc.free(memory)
