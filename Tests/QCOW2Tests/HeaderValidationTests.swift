@@ -215,6 +215,64 @@ struct HeaderValidationTests {
         #expect(!words.contains("\n") && !words.hasSuffix("."))
     }
 
+    /// Something that this version refuses, and the typed reason it must give.
+    struct Refusal: Sendable, CustomTestStringConvertible {
+        let testDescription: String
+        let feature: Feature
+        let make: @Sendable () -> [UInt8]
+    }
+
+    static let refusals = [
+        Refusal(testDescription: "extended L2 entries", feature: .extendedL2) {
+            with { $0.incompatibleFeatures = 16 }
+        },
+        Refusal(testDescription: "an external data file", feature: .externalDataFile) {
+            with {
+                $0.incompatibleFeatures = 4
+                $0.extensions = [(0x4441_5441, Array("disk.data".utf8))]
+            }
+        },
+        Refusal(testDescription: "AES", feature: .encryption(method: 1)) {
+            var bytes = image().build()
+            bytes.put(UInt32(1), at: 32)
+            return bytes
+        },
+        Refusal(testDescription: "LUKS", feature: .encryption(method: 2)) {
+            var builder = image()
+            let area = builder.allocate(byteCount: 65536)
+            var pointer: [UInt8] = []
+            pointer.put(UInt64(area), at: 0)
+            pointer.put(UInt64(65536), at: 8)
+            builder.extensions = [(0x0537_be77, pointer)]
+            var bytes = builder.build()
+            bytes.put(UInt32(2), at: 32)
+            return bytes
+        },
+        Refusal(testDescription: "version 1", feature: .version(1)) {
+            var bytes = image().build()
+            bytes.put(UInt32(1), at: 4)
+            return bytes
+        },
+        Refusal(testDescription: "compression type 2", feature: .compressionType(2)) {
+            var bytes = with { $0.incompatibleFeatures = 8 }
+            bytes[104] = 2
+            return bytes
+        },
+        Refusal(
+            testDescription: "an unknown bit", feature: .unknownIncompatible(names: [], bits: 32)
+        ) { with { $0.incompatibleFeatures = 32 } },
+    ]
+
+    @Test(
+        "what is not built yet is refused by a typed error", arguments: refusals,
+        [OpenOptions.Access.readOnly, .readWrite])
+    func typedRefusals(_ refusal: Refusal, access: OpenOptions.Access) {
+        do {
+            _ = try Image.open(bytes: refusal.make(), options: OpenOptions(access: access))
+            Issue.record("it was opened")
+        } catch { #expect(error.kind == .unsupported(refusal.feature), "\(error)") }
+    }
+
     @Test(
         "every refusal leaves the bytes as they were",
         arguments: cases.filter { $0.verdict != .opens })

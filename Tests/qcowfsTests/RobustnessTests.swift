@@ -197,6 +197,33 @@ struct RobustnessTests {
         try expectMountRefused(folder.file("layer229.qcow2"), in: folder, naming: ["200"])
     }
 
+    @Test(
+        "the largest disks are mounted, searched and written in seconds",
+        arguments: [(512, 128 << 30), (65536, 1 << 50), (2 << 20, 1 << 60)])
+    func hugeDisks(clusterSize: Int, size: Int) throws {
+        let folder = try TemporaryDirectory()
+        let image = folder.file("disk.qcow2")
+        try QemuImg.create(image, size: size, options: ["cluster_size=\(clusterSize)"])
+        let started = Date()
+        let mount = try TestMount(image, in: folder)
+        try useTheEnd(mount, size)
+        try mount.unmount()
+        #expect(Date().timeIntervalSince(started) < 10)
+        try QemuImg.io(image, ["read -q -P 0x5E \(size - 4096) 4096", "read -q -P 0 0 4096"])
+        let check = try QemuImg.check(image)
+        #expect(check.status == 0, "\(check)")
+    }
+
+    private func useTheEnd(_ mount: TestMount, _ size: Int) throws {
+        let file = try mount.open()
+        #expect(try file.byteCount() == size)
+        #expect(try file.nextData(from: 0) == nil)
+        try file.write([UInt8](repeating: 0x5E, count: 4096), at: size - 4096)
+        let data = try #require(try file.nextData(from: 0))
+        #expect(data <= size - 4096 && data >= size - 2.MiB)
+        try file.sync()
+    }
+
     @Test("a damaged entry is EIO for its own bytes, and the rest of the disk is there")
     func damagedEntry() throws {
         let folder = try TemporaryDirectory()
