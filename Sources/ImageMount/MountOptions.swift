@@ -18,7 +18,8 @@ public struct MountOptions: Sendable {
     /// What the exposed file is called, instead of the image's name.
     public var name: String?
     public var visibility = Visibility.owner
-    /// The files' owner, group and missing permission bits, instead of the mounting user's and 0600.
+    /// The files' owner, group and missing permission bits, instead of the mounting user's and
+    /// 0600.
     public var owner: UInt32?
     public var group: UInt32?
     public var umask: UInt32?

@@ -2,8 +2,8 @@ internal import Glibc
 internal import QCOW2
 
 extension MountedImage {
-    /// Hands `body` the bytes `offset ..< offset + count`, which lie inside the disk, as pieces that
-    /// stay as they are until it returns.
+    /// Hands `body` the bytes `offset ..< offset + count`, which lie inside the disk, as pieces
+    /// that stay as they are until it returns.
     ///
     /// A method, because the image is borrowed here and so neither retained nor released.
     @inline(__always)

@@ -19,8 +19,8 @@ public struct MountRequest: Sendable {
 
 /// Makes a mount and serves it.
 public enum Mounting {
-    /// Mounts, and returns the exit status: in the foreground when the mount has ended, otherwise as
-    /// soon as its files can be read.
+    /// Mounts, and returns the exit status: in the foreground when the mount has ended, otherwise
+    /// as soon as its files can be read.
     ///
     /// In the background this process splits in two, and the new one never returns from here.  No
     /// thread may have been started before.

@@ -9,7 +9,8 @@ package struct OpenCounts: Sendable, Equatable {
 
     package private(set) var cachedHandleCount = 0
     private var directHandleCount = 0
-    /// Handles by which pages of the cache can become dirty: reads past the cache must not miss them.
+    /// Handles by which pages of the cache can become dirty: reads past the cache must not miss
+    /// them.
     package private(set) var cachedWriterCount = 0
 
     package init() {}

@@ -78,7 +78,9 @@ extension Image {
             return try file.write(bytes, at: host &+ UInt64(head))
         }
         let behind = host &+ UInt64(head + bytes.count)
-        if try copyMapped(start, count: head, to: host), try copyMapped(end, count: tail, to: behind) {
+        if try copyMapped(start, count: head, to: host),
+            try copyMapped(end, count: tail, to: behind)
+        {
             return try file.write(bytes, at: host &+ UInt64(head))
         }
         try writing.scratch.withBuffer { scratch throws(ImageError) in
@@ -102,13 +104,16 @@ extension Image {
 
     /// Copies guest bytes to host bytes from the mappings of the files they lie in, which spares
     /// a copy in memory.  False where that cannot be done; some may have been copied by then.
-    private func copyMapped(_ guest: UInt64, count: Int, to host: UInt64) throws(ImageError) -> Bool {
+    private func copyMapped(_ guest: UInt64, count: Int, to host: UInt64) throws(ImageError) -> Bool
+    {
         let end = guest &+ UInt64(count)
         guard end <= size else { return false }
         var offset = guest
         while offset < end {
             let source = try locate(offset, limit: end &- offset)
-            guard source.extent.kind == .data, let address = address(of: source) else { return false }
+            guard source.extent.kind == .data, let address = address(of: source) else {
+                return false
+            }
             let byteCount = Int(truncatingIfNeeded: source.extent.byteCount)
             do throws(ImageError) {
                 try layers.pointee.file.write(
@@ -221,7 +226,7 @@ extension Image.Writing {
         let start = offset &+ UInt64(done)
         do throws(ImageError) {
             try writeAlone(rest, at: start, image)
-        } catch where error.isNoSpace {
+        } catch  where error.isNoSpace {
             // What was dropped since the last commit still takes space.
             try commit.now()
             try writeAlone(rest, at: start, image)

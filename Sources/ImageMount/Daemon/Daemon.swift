@@ -27,7 +27,8 @@ final class Daemon: Sendable {
         since = time(nil)
     }
 
-    /// Serves a mounted session until it is unmounted, closes the images and returns the exit status.
+    /// Serves a mounted session until it is unmounted, closes the images and returns the exit
+    /// status.
     ///
     /// - Parameter whenReady: called once, when the files can be read or it is known that they
     ///   cannot.

@@ -5,8 +5,8 @@ internal import Synchronization
 
 /// Ends the mount when the process is told to end.
 ///
-/// libfuse's own handlers would end the loop with pages still dirty in the kernel.  Here the signals
-/// are blocked everywhere, and one thread takes them.
+/// libfuse's own handlers would end the loop with pages still dirty in the kernel.  Here the
+/// signals are blocked everywhere, and one thread takes them.
 final class SignalWatch: Sendable {
     private let daemon: Daemon
 

@@ -8,6 +8,6 @@ struct KernelVersion: ~Copyable, Sendable {
     func learn(minor: UInt32) { self.minor.store(minor, ordering: .relaxed) }
 
     /// Whether writes past the page cache throw away what cached readers hold, before and after:
-    /// since Linux 6.14.  Older kernels leave stale pages, so there O_DIRECT goes through the cache.
+    /// since Linux 6.14.  Older kernels leave stale pages: there O_DIRECT goes through the cache.
     var keepsDirectWritersCoherent: Bool { minor.load(ordering: .relaxed) >= 42 }
 }

@@ -5,7 +5,8 @@ internal import Synchronization
 
 /// What every request finds behind the session: the files, and how they look.
 ///
-/// Lies at a fixed address while the session lives; libfuse hands the address back with each request.
+/// Lies at a fixed address while the session lives; libfuse hands the address back with each
+/// request.
 struct MountContext: ~Copyable, Sendable {
     let catalogue: Catalogue
     /// The file that is the mountpoint itself; nil where that is a directory.
@@ -49,8 +50,8 @@ struct MountContext: ~Copyable, Sendable {
         rootFile == nil ? fuse_ino_t(UInt(bitPattern: node)) : fuse_ino_t(FUSE_ROOT_ID)
     }
 
-    /// Seconds for which the kernel may believe a name.  Nobody but this daemon changes the files it
-    /// was given; those of a mirrored directory come and go.
+    /// Seconds for which the kernel may believe a name.  Nobody but this daemon changes the files
+    /// it was given; those of a mirrored directory come and go.
     var nameValidity: Double { catalogue.changesByItself ? 1 : 86400 }
 
     /// Seconds for which the kernel may believe attributes: blocks and times move by themselves,

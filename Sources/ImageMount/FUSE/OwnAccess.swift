@@ -196,7 +196,7 @@ extension OwnAccess {
     func readAfterFlush(_ pending: PendingRead) { add(.read(pending)) }
 
     /// Answers `pending` when the kernel has forgotten what it had read there before: for
-    /// asynchronous writes it looks after that too early, and keeps what a reader brings in between.
+    /// asynchronous writes it looks after that too early, and keeps what a reader brings in.
     func answerAfterDroppingPages(_ pending: PendingWrite) { add(.written(pending)) }
 
     private func answer(_ pending: PendingWrite) {
