@@ -21,7 +21,7 @@ func answerOpen(
             ? try node.pointee.openForFlushing()
             : try node.pointee.open(isWriter: isWriter, prefersDirect: prefersDirect)
         let handle = Handle(opening, isOwn: isOwn)
-        if !reply.opened(handle.word, flags: opening.flags) {
+        if !reply.opened(handle.word, flags: isOwn ? flagsForFlushing : opening.flags) {
             close(node, handle, isWriter: isWriter)
         }
     } catch {
@@ -47,6 +47,10 @@ private func close(_ node: UnsafeMutablePointer<FileNode>, _ handle: Handle, isW
         node.pointee.close(isWriter: isWriter, mode: handle.mode)
     }
 }
+
+/// How our own descriptors are opened.  Past the cache, although they flush it: the kernel lets an
+/// open that uses the cache wait for every direct write, and one of those may wait for us.
+private let flagsForFlushing = UInt32(FOPEN_DIRECT_IO) | UInt32(FOPEN_KEEP_CACHE)
 
 extension FileNode.Opening {
     /// The kernel's words for how the handle uses the cache.
