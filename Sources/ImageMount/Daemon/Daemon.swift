@@ -39,7 +39,7 @@ final class Daemon: Sendable {
         let signals = SignalWatch(self)
         do throws(MountError) {
             pthread_setname_np(pthread_self(), "qcowfs")
-            try ownAccess.start(for: session.shared)
+            try ownAccess.start(for: session.shared, restoresSizes: options.writesBack)
             try startImages()
             try startThread("ready") { self.becomeReady(control, whenReady) }
             try signals.start()

@@ -10,7 +10,10 @@ func answerGetAttributes(
     }
     if context.writesBack { context.ownAccess.waitForSize(of: number) }
     do throws(SystemError) {
-        reply.attributes(try status(of: node, context), validFor: context.attributeValidity)
+        let status = try status(of: node, context)
+        // While the kernel has the wrong size, it is to ask again each time.
+        let isWrong = context.writesBack && context.ownAccess.isRestoring(number)
+        reply.attributes(status, validFor: isWrong ? 0 : context.attributeValidity)
     } catch {
         reply.status(error.code)
     }
@@ -39,7 +42,10 @@ func answerSetAttributes(
             try node.pointee.truncate(
                 to: UInt64(clamping: wanted.st_size), isReadOnly: context.isReadOnly)
         }
-        reply.attributes(try status(of: node, context), validFor: context.attributeValidity)
+        let status = try status(of: node, context)
+        // While the kernel has the wrong size, it is to ask again each time.
+        let isWrong = context.writesBack && context.ownAccess.isRestoring(number)
+        reply.attributes(status, validFor: isWrong ? 0 : context.attributeValidity)
     } catch {
         reply.status(error.code)
     }

@@ -19,6 +19,7 @@ final class OwnAccess: Sendable {
     private let mountpoint: String
     private let queue = Mutex(Queue())
     private let wakeUp: Semaphore
+    private let sizeWakeUp = Semaphore()
     /// Threads that are opening a file of the mount for flushing.
     private let flushingThreads = Mutex<Set<pid_t>>([])
     private let session = Mutex<SessionHandle?>(nil)
@@ -38,7 +39,6 @@ final class OwnAccess: Sendable {
         case seek(PendingSeek)
         case read(PendingRead)
         case written(PendingWrite)
-        case restoreSize(fuse_ino_t)
     }
 
     init(catalogue: Catalogue, mountpoint: String) {
@@ -48,9 +48,12 @@ final class OwnAccess: Sendable {
     }
 
     /// Starts the thread; once, and not before the daemon has forked.
-    func start(for session: SessionHandle) throws(MountError) {
+    ///
+    /// - Parameter restoresSizes: the kernel writes back, and may believe in sizes of its own.
+    func start(for session: SessionHandle, restoresSizes: Bool) throws(MountError) {
         self.session.withLock { $0 = session }
         try startThread("own-access") { self.work() }
+        if restoresSizes { try startThread("sizes") { self.restoreSizes() } }
     }
 
     private func work() {
@@ -65,7 +68,6 @@ final class OwnAccess: Sendable {
             case .seek(let pending): answer(pending)
             case .read(let pending): answer(pending)
             case .written(let pending): answer(pending)
-            case .restoreSize(let number): restore(number)
             case nil: break
             }
             queue.withLock { $0.isWorking = false }
@@ -231,26 +233,36 @@ extension OwnAccess {
     /// Has the kernel told the file's true size: while it writes back, it believes its own.
     func restoreSize(of number: fuse_ino_t) {
         let isNew = queue.withLock { $0.waiting.insert(number).inserted }
-        if isNew { add(.restoreSize(number)) }
+        kernelForgetsAttributes(of: number)
+        if isNew { sizeWakeUp.post() }
         kernelForgetsAttributes(of: number)
     }
 
     /// Waits a moment for a size that the kernel is being told.
     func waitForSize(of number: fuse_ino_t) {
         for _ in 0..<50 {
-            let isAwaited = queue.withLock { $0.waiting.contains(number) || $0.restoring == number }
-            guard isAwaited else { return }
+            guard isRestoring(number) else { return }
             usleep(2000)
         }
     }
 
-    private func restore(_ number: fuse_ino_t) {
-        queue.withLock {
-            $0.waiting.remove(number)
-            $0.restoring = number
+    /// Whether the kernel is yet to be told a file's size.
+    func isRestoring(_ number: fuse_ino_t) -> Bool {
+        queue.withLock { $0.waiting.contains(number) || $0.restoring == number }
+    }
+
+    /// On a thread of its own: the change of size waits for the inode's lock, which clients hold while
+    /// they wait for the other jobs.
+    private func restoreSizes() {
+        while true {
+            sizeWakeUp.wait()
+            let number = queue.withLock { queue -> fuse_ino_t? in
+                queue.restoring = queue.isFinished ? nil : queue.waiting.popFirst()
+                return queue.restoring
+            }
+            if let number, let node = node(number) { tellSize(of: node) }
+            queue.withLock { $0.restoring = nil }
         }
-        if let node = node(number) { tellSize(of: node) }
-        queue.withLock { $0.restoring = nil }
     }
 
     /// Sets the file to the size it has.
