@@ -251,8 +251,8 @@ extension OwnAccess {
         queue.withLock { $0.waiting.contains(number) || $0.restoring == number }
     }
 
-    /// On a thread of its own: the change of size waits for the inode's lock, which clients hold while
-    /// they wait for the other jobs.
+    /// On a thread of its own: the change of size waits for the inode's lock, which clients hold
+    /// while they wait for the other jobs.
     private func restoreSizes() {
         while true {
             sizeWakeUp.wait()
