@@ -1,3 +1,5 @@
+internal import ImageMount
+
 /// What stands behind `-o`, rewritten into the long options of `mount`.
 enum MountWords {
     /// What mount(8) says to every file system, and what is so here in any case.
@@ -50,30 +52,12 @@ enum MountWords {
     /// The long option that a word stands for; nil where it says nothing here.
     private static func longOption(_ word: String) -> String? {
         let name = String(word.prefix { $0 != "=" })
-        let value = unescaped(String(word.dropFirst(name.count)))
+        let value = MountTable.unescaped(String(word.dropFirst(name.count)))
         if meaningless.contains(name) || name == "comment" { return nil }
         if name.hasPrefix("x-") || name.hasPrefix("X-") { return nil }
         switch name {
         case "ro": return "--read-only"
         default: return "--" + name.replacing("_", with: "-") + value
         }
-    }
-
-    /// `\040` and its like, as fstab writes blanks, back into what they stand for.
-    static func unescaped(_ text: String) -> String {
-        var bytes: [UInt8] = []
-        var rest = Array(text.utf8)[...]
-        while let byte = rest.popFirst() {
-            let digits = rest.prefix(3)
-            if byte == UInt8(ascii: "\\"), digits.count == 3,
-                let value = UInt8(String(decoding: digits, as: UTF8.self), radix: 8)
-            {
-                bytes.append(value)
-                rest = rest.dropFirst(3)
-            } else {
-                bytes.append(byte)
-            }
-        }
-        return String(decoding: bytes, as: UTF8.self)
     }
 }
