@@ -55,13 +55,22 @@ extension Layer {
         at offset: UInt64, limit: UInt64
     ) throws(ImageError) -> (isHole: Bool, byteCount: UInt64) {
         do throws(SystemError) {
-            let data = try file.device.nextData(from: offset) ?? offset &+ limit
-            if data > offset { return (true, min(data &- offset, limit)) }
-            let hole = try file.device.nextHole(from: offset)
-            // Something may have changed in between: then it is data, which is never wrong.
-            return (false, hole > offset ? min(hole &- offset, limit) : limit)
+            return try file.device.holeOrData(at: offset, limit: limit)
         } catch {
             throw ImageError(.system(error, operation: "looking for holes"), file: file.name)
         }
+    }
+}
+
+extension BlockDevice {
+    /// Whether the bytes from `offset` on are a hole, and for how many, at most `limit`.
+    func holeOrData(
+        at offset: UInt64, limit: UInt64
+    ) throws(SystemError) -> (isHole: Bool, byteCount: UInt64) {
+        let data = try nextData(from: offset) ?? offset &+ limit
+        if data > offset { return (true, min(data &- offset, limit)) }
+        let hole = try nextHole(from: offset)
+        // Something may have changed in between: then it is data, which is never wrong.
+        return (false, hole > offset ? min(hole &- offset, limit) : limit)
     }
 }

@@ -133,6 +133,12 @@ public final class Image: Sendable {
     /// Idempotent.  No other method may be running or be called afterwards.
     /// - Throws: what the last writes and syncs said; the files are closed all the same.
     public func close() throws(ImageError) {
+        defer { for index in 0..<layerCount { layers[index].file.device.close() } }
+        try finish()
+    }
+
+    /// Commits everything and leaves the files open.
+    func finish() throws(ImageError) {
         let workers = closing.withLock { state -> [pthread_t]? in
             if state.isClosed { return nil }
             state.isClosed = true
@@ -141,7 +147,6 @@ public final class Image: Sendable {
         guard let workers else { return }
         closing.announceChange()
         for worker in workers { pthread_join(worker, nil) }
-        defer { for index in 0..<layerCount { layers[index].file.device.close() } }
         guard let writing else { return }
         ranges.lockEverything()
         defer { ranges.unlockEverything() }

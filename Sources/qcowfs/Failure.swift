@@ -31,9 +31,14 @@ protocol Verb: ParsableCommand {
     /// Results go to standard output.  A thrown `ImageError` or `Failure` becomes one line on
     /// standard error and exit status 1; a `ValidationError` is wrong usage, exit status 64.
     func perform() throws -> Int32
+
+    /// The exit status of work that could not be done.
+    static var failureStatus: Int32 { get }
 }
 
 extension Verb {
+    static var failureStatus: Int32 { 1 }
+
     func run() throws {
         let status: Int32
         do {
@@ -44,7 +49,7 @@ extension Verb {
             throw error
         } catch {
             Failure.print("\(Self.configuration.commandName ?? ""): \(error)")
-            throw ExitCode.failure
+            throw ExitCode(Self.failureStatus)
         }
         if status != 0 { throw ExitCode(status) }
     }

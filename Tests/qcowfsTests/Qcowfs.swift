@@ -80,3 +80,33 @@ func isRunning(_ pid: Int32) -> Bool {
     // The state stands behind the name, which is in parentheses and may hold anything.
     return line.split(separator: ")").last?.split(separator: " ").first != "Z"
 }
+
+/// Keeps qemu-io open on `path` while `body` runs.
+func whileQEMUHas(_ path: String, flags: [String] = [], _ body: () throws -> Void)
+    throws
+{
+    var ends: [Int32] = [0, 0]
+    try #require(pipe2(&ends, O_CLOEXEC) == 0)
+    let holder = try Command.start(
+        ["qemu-io", "-f", "qcow2"] + flags + [path], input: "/proc/self/fd/\(ends[0])")
+    defer {
+        close(ends[0])
+        close(ends[1])
+    }
+    _ = "read -q 0 512\n".withCString { write(ends[1], $0, strlen($0)) }
+    #expect(eventually { isLocked(path) })
+    do { try body() } catch { Issue.record(error) }
+    _ = "quit\n".withCString { write(ends[1], $0, strlen($0)) }
+    _ = try holder.wait(timeout: 20)
+}
+
+/// Whether somebody holds one of the bytes that QEMU locks.
+private func isLocked(_ path: String) -> Bool {
+    guard let file = try? TestFile(path, O_RDWR) else { return false }
+    var lock = flock()
+    lock.l_type = Int16(F_WRLCK)
+    lock.l_whence = Int16(SEEK_SET)
+    lock.l_start = 201
+    lock.l_len = 1
+    return fcntl(file.descriptor, F_OFD_GETLK, &lock) == 0 && lock.l_type != Int16(F_UNLCK)
+}

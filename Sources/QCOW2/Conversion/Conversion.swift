@@ -1,0 +1,97 @@
+/// Copies a whole disk into a new file.
+public struct Conversion: Sendable {
+    /// What the new file is.
+    public enum Target: Sendable {
+        case raw
+        case qcow2(CreateOptions)
+    }
+
+    public var target: Target
+    /// Runs of zeros of this many bytes become holes; 0 writes them out.  A qcow2 image leaves
+    /// whole clusters out, whatever this says, unless it is 0.
+    public var sparseByteCount: UInt64 = 4096
+    /// Threads that copy.
+    public var threadCount = 2
+
+    public init(to target: Target) { self.target = target }
+
+    /// Copies `source` to a new file at `path`, which takes its place only when it is complete and
+    /// durable: whatever was there stays as it was until then.
+    ///
+    /// - Parameter progress: Told what part is done; false cancels.
+    /// - Throws: what reading and writing throw; `.cancelled`; `.locked` where a program uses the
+    ///   file that is there.
+    public func run(
+        from source: SourceDisk, toFileAt path: String, progress: ((Double) -> Bool)? = nil
+    ) throws(ImageError) {
+        try checkOptions(path)
+        let file = try FileReplacement(of: path)
+        try run(from: source, to: file.device, progress: progress)
+        try file.commit()
+    }
+
+    /// Copies `source` onto `device`, whose content is lost.
+    public func run(
+        from source: SourceDisk, to device: any BlockDevice, progress: ((Double) -> Bool)? = nil
+    ) throws(ImageError) {
+        switch target {
+        case .raw:
+            let sink = try RawSink(device, size: source.size, keepsZeros: sparseByteCount == 0)
+            try copy(source, to: sink, unit: max(sparseByteCount, 512), progress)
+        case .qcow2(let options):
+            try Image.create(on: device, size: source.size, options: options)
+            let image = try Image.open(
+                device, options: OpenOptions(cacheByteCount: Self.cacheByteCount(source.size)))
+            try copy(
+                source, to: ImageSink(image, keepsZeros: sparseByteCount == 0),
+                unit: image.clusterByteCount, progress)
+            // The device is its owner's.
+            try image.finish()
+        }
+    }
+
+    private func checkOptions(_ path: String) throws(ImageError) {
+        guard sparseByteCount == 0 || sparseByteCount & (sparseByteCount &- 1) == 0,
+            sparseByteCount == 0 || sparseByteCount >= 512
+        else {
+            throw ImageError(
+                .invalidArgument("runs of zeros must be a power of two of at least 512 bytes"),
+                file: path)
+        }
+    }
+
+    /// Tables are written front to back: a few are enough.
+    private static func cacheByteCount(_ size: UInt64) -> Int { 8 << 20 }
+
+    private func copy(
+        _ source: SourceDisk, to sink: some DiskSink, unit: UInt64,
+        _ progress: ((Double) -> Bool)?
+    ) throws(ImageError) {
+        try DiskWalk(over: [source]).run(threadCount: threadCount, progress: progress) {
+            piece, buffer throws(ImageError) in
+            if piece.isHole { return try sink.zero(piece.range) }
+            let count = Int(piece.range.upperBound &- piece.range.lowerBound)
+            let bytes = UnsafeMutableRawBufferPointer(rebasing: buffer[..<count])
+            try source.read(into: bytes, at: piece.range.lowerBound)
+            try Self.store(
+                UnsafeRawBufferPointer(bytes), at: piece.range.lowerBound, in: sink, unit: unit)
+        }
+    }
+
+    /// Writes what is not zero.
+    private static func store(
+        _ bytes: UnsafeRawBufferPointer, at offset: UInt64, in sink: some DiskSink, unit: UInt64
+    ) throws(ImageError) {
+        var done = 0
+        while done < bytes.count {
+            let run = ZeroScan.run(in: bytes, from: done, at: offset, unitByteCount: unit)
+            let place = offset &+ UInt64(done)
+            if run.isZero {
+                try sink.zero(place..<offset &+ UInt64(run.end))
+            } else {
+                try sink.write(UnsafeRawBufferPointer(rebasing: bytes[done..<run.end]), at: place)
+            }
+            done = run.end
+        }
+    }
+}

@@ -1,0 +1,92 @@
+internal import Glibc
+
+/// Goes over disks from the start to the end, a piece at a time, on several threads.
+///
+/// Pieces are handed out in order; the first error stops everything and is what `run` throws.
+final class DiskWalk: Sendable {
+    /// A part of the disk that is a hole everywhere, or data somewhere.
+    struct Piece: Sendable {
+        let range: Range<UInt64>
+        let isHole: Bool
+    }
+
+    /// Bytes of the longest piece of data, which never crosses a multiple of this.
+    static let pieceByteCount: UInt64 = 1 << 20
+
+    private struct State {
+        var offset: UInt64 = 0
+        var failure: ImageError?
+    }
+
+    private let sources: [SourceDisk]
+    private let end: UInt64
+    private let state = Monitor(State())
+
+    /// A walk over the bytes that at least one of `sources` has.
+    init(over sources: [SourceDisk]) {
+        self.sources = sources
+        end = sources.map(\.size).max() ?? 0
+    }
+
+    /// Calls `body` for every piece, with a buffer of `bufferByteCount` bytes a thread.
+    ///
+    /// - Parameters:
+    ///   - threadCount: Threads that work, the caller's included.
+    ///   - progress: Told on the caller's thread what part is done; false cancels.
+    func run(
+        threadCount: Int, bufferByteCount: Int = Int(pieceByteCount),
+        progress: ((Double) -> Bool)?,
+        _ body:
+            @escaping @Sendable (Piece, UnsafeMutableRawBufferPointer) throws(ImageError) -> Void
+    ) throws(ImageError) {
+        let helpers = (1..<max(threadCount, 1)).compactMap { _ in
+            Worker.start { self.work(bufferByteCount, progress: nil, body) }
+        }
+        work(bufferByteCount, progress: progress, body)
+        for helper in helpers { pthread_join(helper, nil) }
+        if let failure = state.withLock({ $0.failure }) { throw failure }
+    }
+
+    private func work(
+        _ bufferByteCount: Int, progress: ((Double) -> Bool)?,
+        _ body: (Piece, UnsafeMutableRawBufferPointer) throws(ImageError) -> Void
+    ) {
+        let buffer = UnsafeMutableRawBufferPointer.allocate(
+            byteCount: bufferByteCount, alignment: 4096)
+        defer { buffer.deallocate() }
+        do throws(ImageError) {
+            while let piece = try next() {
+                try body(piece, buffer)
+                let done = Double(piece.range.upperBound) / Double(max(end, 1))
+                if let progress, !progress(done) { throw ImageError(.cancelled, file: "") }
+            }
+        } catch {
+            state.withLock { if $0.failure == nil { $0.failure = error } }
+        }
+    }
+
+    /// The next piece; nil at the end, and when something has failed.
+    private func next() throws(ImageError) -> Piece? {
+        try state.withLock { state throws(ImageError) in
+            guard state.failure == nil, state.offset < end else { return nil }
+            let start = state.offset
+            var count = end &- start
+            var isHole = true
+            for source in sources where start < source.size {
+                let run = try source.run(at: start, limit: min(count, source.size &- start))
+                guard isHole || !run.isHole else { continue }
+                // Where one has data the others' holes end nothing.
+                if isHole && !run.isHole { count = .max }
+                isHole = run.isHole
+                count = min(count, run.byteCount)
+            }
+            count = min(count, end &- start)
+            if !isHole {
+                let border = (start &+ Self.pieceByteCount) & ~(Self.pieceByteCount &- 1)
+                count = min(count, border &- start)
+            }
+            state.offset = start &+ count
+            return Piece(range: start..<start &+ count, isHole: isHole)
+        }
+    }
+}

@@ -1,0 +1,131 @@
+/// A whole disk to read: a qcow2 image with its chain, or the bytes of a device.
+///
+/// Offsets and counts are bytes of the disk.  Any method may be called from any thread.
+public struct SourceDisk: Sendable {
+    /// How the file that holds a disk is to be understood.
+    public enum Format: String, Sendable { case raw, qcow2 }
+
+    private enum Content: Sendable {
+        case image(Image)
+        case device(any BlockDevice)
+    }
+
+    private let content: Content
+    /// Bytes of the disk.
+    public let size: UInt64
+
+    /// The disk that `image` holds.
+    public init(_ image: Image) {
+        content = .image(image)
+        size = image.size
+    }
+
+    /// The bytes of `device`.
+    public init(_ device: any BlockDevice) throws(ImageError) {
+        content = .device(device)
+        do throws(SystemError) {
+            size = try device.byteCount()
+        } catch {
+            throw ImageError(.system(error, operation: "cannot find the length"), file: device.name)
+        }
+    }
+
+    /// Opens the file at `path` read-only.
+    ///
+    /// - Parameter format: nil takes a file with the qcow2 magic for an image, all others for raw.
+    public init(
+        path: String, format: Format? = nil, options: OpenOptions = OpenOptions(access: .readOnly)
+    ) throws(ImageError) {
+        let isImage =
+            switch format {
+            case .qcow2: true
+            case .raw: false
+            case nil: try Self.hasMagic(path)
+            }
+        var options = options
+        options.access = .readOnly
+        if isImage {
+            self.init(try Image.open(path, options: options))
+        } else {
+            let device = try FileDevice(path: path, access: .readOnly, mapsBytes: false)
+            do throws(ImageError) {
+                try ImageLock.take(
+                    options.locking == .forceShare ? .forceShare : .reader, on: device)
+                try self.init(device)
+            } catch {
+                device.close()
+                throw error
+            }
+        }
+    }
+
+    private static func hasMagic(_ path: String) throws(ImageError) -> Bool {
+        let device = try FileDevice(path: path, access: .readOnly, mapsBytes: false)
+        defer { device.close() }
+        var start: UInt32 = 0
+        do throws(SystemError) {
+            let count = try withUnsafeMutableBytes(of: &start) { bytes throws(SystemError) in
+                try device.read(into: bytes, at: 0)
+            }
+            return count == 4 && UInt32(bigEndian: start) == Header.magic
+        } catch {
+            throw ImageError(.system(error, operation: "cannot read"), file: path)
+        }
+    }
+
+    /// The image, nil for a raw disk.
+    public var image: Image? {
+        if case .image(let image) = content { return image }
+        return nil
+    }
+
+    /// What a message calls the disk: a path, mostly.
+    public var name: String {
+        switch content {
+        case .image(let image): image.files.first ?? ""
+        case .device(let device): device.name
+        }
+    }
+
+    /// Fills `buffer` from `offset` on.
+    /// - Throws: what `Image.read` throws; `.invalidArgument` past the end.
+    public func read(
+        into buffer: UnsafeMutableRawBufferPointer, at offset: UInt64
+    ) throws(ImageError) {
+        switch content {
+        case .image(let image): try image.read(into: buffer, at: offset)
+        case .device(let device):
+            do throws(SystemError) {
+                try device.readPadded(into: buffer, at: offset)
+            } catch {
+                throw ImageError(
+                    .system(error, operation: "cannot read at \(offset)"), file: device.name)
+            }
+        }
+    }
+
+    /// Whether the bytes from `offset` on are a hole, which reads as zeros, and for how many of
+    /// them, at most `limit`, that holds.
+    public func run(
+        at offset: UInt64, limit: UInt64
+    ) throws(ImageError) -> (isHole: Bool, byteCount: UInt64) {
+        switch content {
+        case .image(let image): return try image.holeOrData(at: offset, limit: limit)
+        case .device(let device):
+            do throws(SystemError) {
+                return try device.holeOrData(at: offset, limit: limit)
+            } catch {
+                throw ImageError(
+                    .system(error, operation: "looking for holes"), file: device.name)
+            }
+        }
+    }
+
+    /// Closes the image or the device.
+    public func close() throws(ImageError) {
+        switch content {
+        case .image(let image): try image.close()
+        case .device(let device): device.close()
+        }
+    }
+}

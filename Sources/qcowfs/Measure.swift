@@ -1,0 +1,59 @@
+internal import ArgumentParser
+internal import QCOW2
+
+/// `qcowfs measure`: how large a new file would be.
+struct Measure: Verb {
+    static let configuration = CommandConfiguration(
+        commandName: "measure",
+        abstract: "Say how many bytes a disk takes as a new file.")
+
+    @Option(name: .customShort("O"), help: "The new file's format.")
+    var targetFormat = DiskFormat.raw
+
+    @Option(
+        name: [.customShort("o"), .customLong("option")],
+        help: ArgumentHelp("Options of the new image, as create has them.", valueName: "OPT=VALUE"))
+    var options: [String] = []
+
+    @Option(name: .customShort("f"), help: "The source's format; found by its magic without.")
+    var sourceFormat: DiskFormat?
+
+    @Option(help: "Bytes of an empty disk, instead of a source.")
+    var size: ByteSize?
+
+    @OptionGroup var output: OutputOptions
+    @OptionGroup var sources: SourceOptions
+
+    @Argument(help: "The disk to measure.")
+    var source: String?
+
+    func validate() throws {
+        guard (size == nil) != (source == nil) else {
+            throw ValidationError("give a disk or --size, and not both")
+        }
+    }
+
+    func perform() throws -> Int32 {
+        let disk = try source.map { try sources.open($0, format: sourceFormat) }
+        let byteCount = disk?.size ?? size?.byteCount ?? 0
+        let measured =
+            targetFormat == .raw
+            ? Measurement(rawDiskOf: byteCount)
+            : try Measurement(imageOf: byteCount, holding: disk, options: CreateOptions())
+        try disk?.close()
+        switch output.form {
+        case .json:
+            print(
+                JSON.members([
+                    "required": .number(measured.required),
+                    "fully-allocated": .number(measured.fullyAllocated),
+                    "bitmaps": measured.bitmaps.map { .number($0) },
+                ]).text)
+        case .human:
+            print("required size: \(measured.required)")
+            print("fully allocated size: \(measured.fullyAllocated)")
+            if let bitmaps = measured.bitmaps { print("bitmaps size: \(bitmaps)") }
+        }
+        return 0
+    }
+}
