@@ -5,7 +5,7 @@ internal import QCOW2
 struct Check: Verb {
     static let configuration = CommandConfiguration(
         commandName: "check",
-        abstract: "Check an image's tables and reference counts, changing nothing.",
+        abstract: "Check an image's tables and reference counts, and repair them if told to.",
         discussion: "Exit status: 0 clean, 1 not checked, 2 corruptions found, 3 only leaks found.")
 
     @OptionGroup var output: OutputOptions
@@ -18,27 +18,45 @@ struct Check: Verb {
     )
     var isShared = false
 
+    @Option(
+        name: .shortAndLong,
+        help: ArgumentHelp(
+            "Free leaked clusters, or repair everything that leaves the disk's content as it is.",
+            valueName: "leaks|all"))
+    var repair: RepairScope?
+
     @Argument(help: "The image.")
     var image: String
 
+    func validate() throws {
+        if repair != nil && isShared {
+            throw ValidationError("an image that another program writes cannot be repaired")
+        }
+    }
+
     func perform() throws -> Int32 {
+        if let repair {
+            return try Repairing(image: image, output: output, progress: progress).run(repair)
+        }
         let bar = progress.report(of: "check")
         let check = try ImageCheck(
             path: image, locking: isShared ? .forceShare : .required,
-            report: {
-                bar?.clear()
-                let words = Failure.oneLine($0.description)
-                Failure.writeToStandardError("\($0.severity.word): \(words)\n")
-            }, progress: bar?.update)
+            report: { $0.print(clearing: bar) }, progress: bar?.update)
         bar?.finish()
-        guard check.errorCount == 0 else {
-            throw Failure(image, "\(check.errorCount) clusters could not be checked")
-        }
-        switch output.form {
-        case .json: print(CheckReport.json(check, image).text)
-        case .human: print(CheckReport.text(check))
-        }
-        return check.corruptionCount > 0 ? 2 : check.leakCount > 0 ? 3 : 0
+        return try CheckReport(check: check, image: image).print(output.form)
+    }
+}
+
+/// `leaks` or `all`.
+enum RepairScope: String, ExpressibleByArgument, CaseIterable {
+    case leaks, all
+}
+
+extension CheckFinding {
+    /// A line on standard error.
+    func print(clearing bar: ProgressReport?) {
+        bar?.clear()
+        Failure.writeToStandardError("\(severity.word): \(Failure.oneLine(description))\n")
     }
 }
 
@@ -53,9 +71,26 @@ extension CheckFinding.Severity {
 }
 
 /// What a check found, in the keys of `qemu-img check` or in lines.
-private enum CheckReport {
+struct CheckReport {
+    let check: ImageCheck
+    let image: String
+    var fixedCorruptionCount: UInt64 = 0
+    var fixedLeakCount: UInt64 = 0
+
+    /// Prints the result and returns the exit status that it stands for.
+    func print(_ form: OutputOptions.Form) throws -> Int32 {
+        guard check.errorCount == 0 else {
+            throw Failure(image, "\(check.errorCount) clusters could not be checked")
+        }
+        switch form {
+        case .json: Swift.print(json.text)
+        case .human: Swift.print(text)
+        }
+        return check.corruptionCount > 0 ? 2 : check.leakCount > 0 ? 3 : 0
+    }
+
     /// Counts that are zero are left out, as qemu-img does.
-    static func json(_ check: ImageCheck, _ image: String) -> JSON {
+    private var json: JSON {
         func number(_ value: UInt64) -> JSON? { value == 0 ? nil : .number(value) }
         return .members([
             "filename": .string(image),
@@ -64,6 +99,8 @@ private enum CheckReport {
             "image-end-offset": number(check.imageEndOffset),
             "corruptions": number(check.corruptionCount),
             "leaks": number(check.leakCount),
+            "corruptions-fixed": number(fixedCorruptionCount),
+            "leaks-fixed": number(fixedLeakCount),
             "total-clusters": number(check.totalClusterCount),
             "allocated-clusters": number(check.allocatedClusterCount),
             "fragmented-clusters": number(check.fragmentedClusterCount),
@@ -71,8 +108,13 @@ private enum CheckReport {
         ])
     }
 
-    static func text(_ check: ImageCheck) -> String {
+    private var text: String {
         var lines: [String] = []
+        if fixedCorruptionCount > 0 {
+            lines.append("\(fixedCorruptionCount) errors were repaired.")
+        }
+        if fixedLeakCount > 0 { lines.append("\(fixedLeakCount) leaked clusters were freed.") }
+        let found = lines.count
         if check.corruptionCount > 0 {
             lines.append(
                 "\(check.corruptionCount) errors were found: data may be damaged, and writing to "
@@ -82,7 +124,7 @@ private enum CheckReport {
             lines.append(
                 "\(check.leakCount) leaked clusters were found: they waste space and harm no data.")
         }
-        if lines.isEmpty { lines.append("No errors were found.") }
+        if lines.count == found { lines.append("No errors were found.") }
         if check.allocatedClusterCount > 0 {
             let allocated = check.allocatedClusterCount
             lines.append(
@@ -96,7 +138,7 @@ private enum CheckReport {
     }
 
     /// Two decimals.
-    private static func percent(_ part: UInt64, _ whole: UInt64) -> String {
+    private func percent(_ part: UInt64, _ whole: UInt64) -> String {
         guard whole > 0 else { return "0.00%" }
         let hundredths = Int((Double(part) * 10000 / Double(whole)).rounded())
         let fraction = String(hundredths % 100)

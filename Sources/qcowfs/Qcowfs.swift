@@ -14,6 +14,7 @@ struct Qcowfs: ParsableCommand {
         version: "0.1.0",
         subcommands: [
             Mount.self, Umount.self, List.self, Stats.self, Create.self, Info.self, Check.self,
+            Repair.self,
             Convert.self, Compare.self, Measure.self, Read.self, Write.self,
         ])
 

@@ -54,6 +54,34 @@ public enum CheckFinding: Sendable, Equatable {
     }
 }
 
+extension CheckFinding {
+    /// What a finding means for a repair.
+    struct Obstacles: OptionSet {
+        let rawValue: Int
+
+        /// References that nobody can follow: what looks unused may be in use.
+        static let hiddenReferences = Obstacles(rawValue: 1)
+        /// The refcount table or a block cannot be used any more.
+        static let brokenRefcounts = Obstacles(rawValue: 2)
+        /// Entries of tables have bits that mean nothing.
+        static let meaninglessBits = Obstacles(rawValue: 4)
+    }
+
+    var obstacles: Obstacles {
+        switch self {
+        case .snapshotTable, .l2TableMisaligned, .bitmapDirectory, .bitmapTable,
+            .bitmapEntryReserved:
+            .hiddenReferences
+        case .refcountTableEntryReserved, .refcountBlockMisaligned, .refcountBlockOutside,
+            .refcountBlockShared, .unreadableCount:
+            .brokenRefcounts
+        case .l1EntryReserved, .l2EntryReserved, .compressedAndCopied, .zeroMisaligned:
+            .meaninglessBits
+        default: []
+        }
+    }
+}
+
 extension CheckFinding: CustomStringConvertible {
     public var description: String {
         switch self {

@@ -37,27 +37,50 @@ public struct ImageCheck: Sendable, Equatable {
         _ device: any BlockDevice, report: @escaping (CheckFinding) -> Void = { _ in },
         progress: ((Double) -> Void)? = nil
     ) throws(ImageError) {
-        let header = try Header.readSupported(from: device)
+        self = try Examination(device, report: report, progress: progress).result
+    }
+
+    init() {}
+}
+
+/// A check with everything that it has read: what a repair goes by.
+struct Examination {
+    let header: Header
+    let walk: ReferenceWalk
+    var stored: StoredRefcounts
+    /// Findings that limit what a repair can do.
+    let obstacles: CheckFinding.Obstacles
+    let result: ImageCheck
+
+    init(
+        _ device: any BlockDevice, report: @escaping (CheckFinding) -> Void = { _ in },
+        progress: ((Double) -> Void)? = nil
+    ) throws(ImageError) {
+        header = try Header.readSupported(from: device)
         let tally = Tally(report: report, progress: progress)
         var walk = try ReferenceWalk(
             device, header: header, tableRead: tally.tableRead, report: tally.add)
         if progress != nil { tally.tableCount = try walk.tableCount() }
         try walk.run()
-        var stored = try StoredRefcounts(device, header: header)
+        stored = try StoredRefcounts(device, header: header)
         let highest = try Self.compare(walk, &stored, tally)
         try Self.checkCopiedFlags(walk, &stored, tally)
+        self.walk = walk
+        obstacles = tally.obstacles
 
-        corruptionCount = tally.corruptions
-        leakCount = tally.leaks
-        errorCount = tally.unchecked
+        var result = ImageCheck()
+        result.corruptionCount = tally.corruptions
+        result.leakCount = tally.leaks
+        result.errorCount = tally.unchecked
         let cluster = header.clusterByteCount
-        totalClusterCount =
+        result.totalClusterCount =
             header.virtualByteCount / cluster
             + (header.virtualByteCount % cluster == 0 ? 0 : 1)
-        allocatedClusterCount = walk.figures.allocated
-        fragmentedClusterCount = walk.figures.fragmented
-        compressedClusterCount = walk.figures.compressed
-        imageEndOffset = (highest &+ 1) &* cluster
+        result.allocatedClusterCount = walk.figures.allocated
+        result.fragmentedClusterCount = walk.figures.fragmented
+        result.compressedClusterCount = walk.figures.compressed
+        result.imageEndOffset = (highest &+ 1) &* cluster
+        self.result = result
     }
 
     // MARK: Judging the counts
@@ -135,6 +158,7 @@ private final class Tally {
     private(set) var corruptions: UInt64 = 0
     private(set) var leaks: UInt64 = 0
     private(set) var unchecked: UInt64 = 0
+    private(set) var obstacles: CheckFinding.Obstacles = []
     /// How many tables there are to read.
     var tableCount: UInt64 = 0
     private var tablesRead: UInt64 = 0
@@ -158,6 +182,7 @@ private final class Tally {
         case .leak: leaks += 1
         case .unchecked: unchecked += 1
         }
+        obstacles.formUnion(finding.obstacles)
         report(finding)
     }
 }

@@ -45,16 +45,18 @@ package struct ReferenceWalk {
     }
 
     /// Counts everything.
+    /// - Parameter countingRefcounts: Whether the refcount table and its blocks count too.
     /// - Throws: `.system` where the file cannot be read, `.malformed` where the snapshot table
     ///   makes no sense, so that the counts would be wrong.
-    package mutating func run() throws(ImageError) {
+    package mutating func run(countingRefcounts: Bool = true) throws(ImageError) {
         count(0, clusterByteCount)
         try countTree(.active, at: header.l1Offset, entryCount: UInt64(header.l1EntryCount))
         try countSnapshots()
+        try countBitmaps()
+        guard countingRefcounts else { return }
         count(
             header.refcountTableOffset,
             UInt64(header.refcountTableClusterCount) &* clusterByteCount)
-        try countBitmaps()
         try countRefcountBlocks()
     }
 

@@ -4,11 +4,11 @@ struct StoredRefcounts {
     private static let cacheByteCount = 16 << 20
 
     private let device: any BlockDevice
-    private let format: RefcountFormat
+    let format: RefcountFormat
     private let clusterBits: UInt64
     private let table: [UInt8]
     /// Clusters that a block counts, as a power of two.
-    private let blockBits: UInt64
+    let blockBits: UInt64
     private var blocks: [UInt64: [UInt8]] = [:]
 
     init(_ device: any BlockDevice, header: Header) throws(ImageError) {
@@ -27,6 +27,9 @@ struct StoredRefcounts {
             return index << blockBits..<(index + 1) << blockBits
         }
     }
+
+    /// Blocks that the table has room for.
+    var blockCount: UInt64 { UInt64(table.count / 8) }
 
     /// The block that counts `cluster`.
     func blockIndex(of cluster: UInt64) -> UInt64 { cluster >> blockBits }
@@ -47,7 +50,8 @@ struct StoredRefcounts {
         return block.withRawBytes { format.count(at: inBlock, in: $0) }
     }
 
-    private func blockOffset(_ index: UInt64) -> UInt64 {
+    /// The host offset of a block, 0 where there is none.
+    func blockOffset(_ index: UInt64) -> UInt64 {
         guard let position = Int(exactly: index), position < table.count / 8 else { return 0 }
         let bits = table.withRawBytes { $0.bigEndian(at: position * 8, as: UInt64.self) }
         return RefcountTableEntry(bits: bits ?? 0).offset

@@ -1,0 +1,102 @@
+/// Makes an image's tables and reference counts agree again.
+public struct ImageRepair: Sendable {
+    public enum Scope: Sendable {
+        /// Only what wastes space: counts that are too high.
+        case leaks
+        /// Everything that can be repaired without changing what the guest reads.
+        case all
+    }
+
+    /// What a second check found after the repair.
+    public let check: ImageCheck
+    public let fixedCorruptionCount: UInt64
+    public let fixedLeakCount: UInt64
+    /// Where the replaced metadata was saved; nil where nothing had to be changed.
+    public let undoPath: String?
+
+    /// Repairs the image at `path`, which nobody else may have open.
+    ///
+    /// - Parameters:
+    ///   - report: Gets each finding of the first check.
+    ///   - announce: Gets what is going to be done, a line each, before anything is written.
+    /// - Throws: what a check throws; `.locked`; `.system` where the image or the file with the
+    ///   replaced metadata cannot be written.
+    public init(
+        path: String, scope: Scope, report: @escaping (CheckFinding) -> Void = { _ in },
+        announce: (String) -> Void = { _ in }, progress: ((Double) -> Void)? = nil
+    ) throws(ImageError) {
+        let device = try Self.open(path)
+        defer { device.close() }
+        let before = try Examination(device, report: report, progress: progress)
+        var planner = RepairPlanner(device, before, scope)
+        let plan = try planner.plan()
+        undoPath = plan.isEmpty ? nil : UndoFile.freePath(for: path)
+        if let undoPath {
+            for line in plan.lines { announce(line) }
+            try UndoFile.write(plan, of: device, to: undoPath)
+            try plan.execute(on: device)
+        }
+        let after = plan.isEmpty ? before.result : try Examination(device).result
+        check = after
+        fixedCorruptionCount = before.result.corruptionCount.saturatingDifference(
+            after.corruptionCount)
+        fixedLeakCount = before.result.leakCount.saturatingDifference(after.leakCount)
+        try Self.settleMarks(of: device, before.header, after, scope)
+    }
+
+    /// Puts back the metadata that a repair has replaced and saved at `undoPath`.
+    /// - Throws: `.invalidArgument` where the image was changed since.
+    public static func undo(path: String, undoPath: String) throws(ImageError) {
+        let device = try open(path)
+        defer { device.close() }
+        try UndoFile.restore(undoPath, to: device)
+    }
+
+    /// What a killed predecessor left in the page cache becomes durable before it is believed.
+    private static func open(_ path: String) throws(ImageError) -> FileDevice {
+        let device = try FileDevice(path: path, access: .readWrite, mapsBytes: false)
+        do throws(ImageError) {
+            try ImageLock.take(.writer, on: device)
+            do throws(SystemError) {
+                try device.flush()
+            } catch {
+                throw ImageError(.system(error, operation: "cannot sync"), file: path)
+            }
+            return device
+        } catch {
+            device.close()
+            throw error
+        }
+    }
+
+    /// The dirty and corrupt bits go when nothing is wrong any more; what could not be repaired
+    /// marks the image corrupt.
+    private static func settleMarks(
+        of device: any BlockDevice, _ header: Header, _ check: ImageCheck, _ scope: Scope
+    ) throws(ImageError) {
+        guard header.version >= 3 else { return }
+        var features = header.incompatibleFeatures
+        if check.corruptionCount == 0 && check.errorCount == 0 {
+            features.subtract([.dirty, .corrupt])
+        } else if scope == .all {
+            features.insert(.corrupt)
+        }
+        guard features != header.incompatibleFeatures else { return }
+        var bits = [UInt8](repeating: 0, count: 8)
+        bits.storeBigEndian(features.rawValue, at: 0)
+        do throws(SystemError) {
+            try bits.withRawBytes { bytes throws(SystemError) in
+                try device.write(bytes, at: UInt64(HeaderField.incompatibleFeatures))
+            }
+            try device.flush()
+        } catch {
+            throw ImageError(.system(error, operation: "cannot write"), file: device.name)
+        }
+    }
+}
+
+extension UInt64 {
+    fileprivate func saturatingDifference(_ other: UInt64) -> UInt64 {
+        self > other ? self - other : 0
+    }
+}

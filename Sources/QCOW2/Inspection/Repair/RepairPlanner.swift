@@ -1,0 +1,140 @@
+/// Decides how an image becomes consistent again without a change of what the guest reads.
+///
+/// The order is what makes it safe to be interrupted: counts are raised first, then flags and
+/// entries corrected, then counts lowered; a new refcount structure is complete on the disk before
+/// one write of the header puts it in place.
+struct RepairPlanner {
+    private let device: any BlockDevice
+    private var examination: Examination
+    private let scope: ImageRepair.Scope
+    private let header: Header
+    private let clusterByteCount: UInt64
+
+    init(_ device: any BlockDevice, _ examination: Examination, _ scope: ImageRepair.Scope) {
+        self.device = device
+        self.examination = examination
+        self.scope = scope
+        header = examination.header
+        clusterByteCount = header.clusterByteCount
+    }
+
+    /// Whether counts may be lowered: not while references are hidden in damaged structures.
+    private var mayLower: Bool { !examination.obstacles.contains(.hiddenReferences) }
+
+    mutating func plan() throws(ImageError) -> RepairPlan {
+        if scope == .all, try needsRebuild() { return try planRebuild() }
+        return try planInPlace()
+    }
+
+    private func planRebuild() throws(ImageError) -> RepairPlan {
+        var plan = RepairPlan()
+        let rebuild = try RefcountRebuild(device, examination, keepsUnreferenced: !mayLower)
+        let tables = try corrections { rebuild.count(of: $0) }
+        let l1Edits = rebuild.moved(tables.l1Edits)
+        plan.add(rebuild.newStructures + l1Edits, rebuild.description)
+        plan.add([rebuild.headerSwitch], "make the header refer to them")
+        plan.add(tables.edits, "correct \(tables.changedEntryCount) entries of L1 and L2 tables")
+        return plan
+    }
+
+    private mutating func planInPlace() throws(ImageError) -> RepairPlan {
+        var plan = RepairPlan()
+        if scope == .all {
+            let raised = try countEdits { max($0, $1) }
+            plan.add(raised.edits, "raise \(raised.count) refcounts that are too low")
+        }
+        if scope == .all || examination.result.corruptionCount == 0 {
+            var stored = examination.stored
+            let tables = try corrections { cluster throws(ImageError) in
+                final(
+                    try stored.count(of: cluster) ?? 0, examination.walk.counts.count(of: cluster))
+            }
+            plan.add(
+                tables.l1Edits + tables.edits,
+                "correct \(tables.changedEntryCount) entries of L1 and L2 tables")
+        }
+        if mayLower {
+            let lowered = try countEdits(final)
+            plan.add(lowered.edits, "lower \(lowered.count) refcounts of leaked clusters")
+        }
+        return plan
+    }
+
+    /// What a count becomes in the end.
+    private func final(_ stored: UInt64, _ found: UInt64) -> UInt64 {
+        switch (scope, mayLower) {
+        case (.all, true): found
+        case (.all, false): max(stored, found)
+        case (.leaks, _): min(stored, found)
+        }
+    }
+
+    // MARK: Refcounts
+
+    /// Whether counts cannot be corrected where they are.
+    private mutating func needsRebuild() throws(ImageError) -> Bool {
+        if examination.obstacles.contains(.brokenRefcounts) { return true }
+        let bits = UInt64(header.clusterBits)
+        let l1 = header.l1Offset >> bits..<header.l1Offset >> bits + l1ClusterCount
+        if l1.contains(where: { examination.walk.counts.count(of: $0) > 1 }) { return true }
+        for range in examination.walk.counts.touchedRanges {
+            for cluster in range where examination.walk.counts.count(of: cluster) > 0 {
+                if examination.stored.blockOffset(examination.stored.blockIndex(of: cluster)) == 0 {
+                    return true
+                }
+            }
+        }
+        return false
+    }
+
+    private var l1ClusterCount: UInt64 {
+        (UInt64(header.l1EntryCount) &* 8 &+ clusterByteCount &- 1) / clusterByteCount
+    }
+
+    /// The blocks in which `wanted`, told the stored and the computed count, changes something;
+    /// and how many counts change.
+    private mutating func countEdits(
+        _ wanted: (_ stored: UInt64, _ found: UInt64) -> UInt64
+    ) throws(ImageError) -> (edits: [RepairPlan.Edit], count: Int) {
+        let format = examination.stored.format
+        var edits: [RepairPlan.Edit] = []
+        var changed = 0
+        for block in 0..<examination.stored.blockCount {
+            let offset = examination.stored.blockOffset(block)
+            guard offset != 0 else { continue }
+            var bytes = try Header.read(Int(clusterByteCount), at: offset, of: device)
+            let first = block &<< examination.stored.blockBits
+            let before = changed
+            bytes.withUnsafeMutableBytes { bytes in
+                for index in 0..<format.entryCount(inBytes: bytes.count) {
+                    let stored = format.count(at: index, in: UnsafeRawBufferPointer(bytes))
+                    let found = examination.walk.counts.count(of: first &+ UInt64(index))
+                    let count = min(wanted(stored, found), format.maximum)
+                    guard count != stored else { continue }
+                    format.store(count, at: index, in: bytes)
+                    changed += 1
+                }
+            }
+            if changed > before { edits.append(RepairPlan.Edit(offset: offset, bytes: bytes)) }
+        }
+        return (edits, changed)
+    }
+
+    // MARK: Entries
+
+    /// COPIED corrected in the active tables, and, when everything is to be repaired, bits without
+    /// a meaning cleared in all of them.
+    private func corrections(
+        count: (UInt64) throws(ImageError) -> UInt64
+    ) throws(ImageError) -> TableCorrections {
+        var tables = try TableCorrections(device, header, examination.walk.counts)
+        try tables.correctActive(count: count, clearsMeaningless: scope == .all)
+        if scope == .all, examination.obstacles.contains(.meaninglessBits) {
+            for snapshot in try header.readSnapshots(from: device).snapshots {
+                try tables.clearMeaninglessBits(
+                    l1Offset: snapshot.l1Offset, entryCount: UInt64(snapshot.l1EntryCount))
+            }
+        }
+        return tables
+    }
+}

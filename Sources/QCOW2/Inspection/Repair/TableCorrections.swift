@@ -1,0 +1,136 @@
+/// New bytes for L1 and L2 tables in which flags are wrong.  What the guest reads stays.
+struct TableCorrections {
+    /// Edits of L2 tables, and of the L1 tables of snapshots.
+    private(set) var edits: [RepairPlan.Edit] = []
+    /// Edits of the active L1 table.
+    private(set) var l1Edits: [RepairPlan.Edit] = []
+    private(set) var changedEntryCount = 0
+
+    private let device: any BlockDevice
+    private let header: Header
+    private let clusterBits: UInt64
+    private var seen: Set<UInt64> = []
+    /// References to every cluster, and those to every L2 table from L1 tables.  Where there are
+    /// more of the former, guest data or something else shares the table's cluster, and a change
+    /// of the table would be seen there.
+    private let counts: ReferenceCounts
+    private var tableReferences: [UInt64: UInt64] = [:]
+
+    init(
+        _ device: any BlockDevice, _ header: Header, _ counts: ReferenceCounts
+    ) throws(ImageError) {
+        self.device = device
+        self.header = header
+        self.counts = counts
+        clusterBits = UInt64(header.clusterBits)
+        try countTables(header.l1Offset, UInt64(header.l1EntryCount))
+        for snapshot in try header.readSnapshots(from: device).snapshots {
+            try countTables(snapshot.l1Offset, UInt64(snapshot.l1EntryCount))
+        }
+    }
+
+    private mutating func countTables(
+        _ l1Offset: UInt64, _ entryCount: UInt64
+    ) throws(ImageError) {
+        let bytes = try Header.read(Int(entryCount) * 8, at: l1Offset, of: device)
+        for position in stride(from: 0, to: bytes.count, by: 8) {
+            let bits = bytes.withRawBytes { $0.bigEndian(at: position, as: UInt64.self) } ?? 0
+            if bits != 0 { tableReferences[L1Entry(bits: bits).offset, default: 0] += 1 }
+        }
+    }
+
+    private func isShared(_ table: UInt64) -> Bool {
+        counts.count(of: table >> clusterBits) > tableReferences[table] ?? 0
+    }
+
+    /// Sets COPIED in the active tables where `count` of the target, a cluster, is 1, and only
+    /// there.
+    mutating func correctActive(
+        count: (UInt64) throws(ImageError) -> UInt64, clearsMeaningless: Bool
+    ) throws(ImageError) {
+        let (header, clusterBits) = (header, clusterBits)
+        try correct(
+            l1Offset: header.l1Offset, entryCount: UInt64(header.l1EntryCount)
+        ) { entry throws(ImageError) in
+            var bits = entry.bits
+            if clearsMeaningless { bits &= L1Entry.offsetMask | L1Entry.copied }
+            let isSingle = try count(entry.offset >> clusterBits) == 1
+            return isSingle ? bits | L1Entry.copied : bits & ~L1Entry.copied
+        } l2: { entry throws(ImageError) in
+            let entry = clearsMeaningless ? Self.meaningful(entry, header) : entry
+            guard !entry.isCompressed, entry.offset != 0 else { return entry }
+            return entry.withCopied(try count(entry.offset >> clusterBits) == 1)
+        }
+    }
+
+    /// Clears bits without a meaning in the tables of a snapshot.
+    mutating func clearMeaninglessBits(
+        l1Offset: UInt64, entryCount: UInt64
+    ) throws(ImageError) {
+        let header = header
+        try correct(l1Offset: l1Offset, entryCount: entryCount) { entry in
+            entry.bits & (L1Entry.offsetMask | L1Entry.copied)
+        } l2: {
+            Self.meaningful($0, header)
+        }
+    }
+
+    /// An entry that reads the same, without bits that have no meaning there.
+    private static func meaningful(_ entry: L2Entry, _ header: Header) -> L2Entry {
+        if entry.isCompressed { return entry.withoutCopied }
+        let entry = L2Entry(bits: entry.bits & ~entry.reservedBits)
+        let isMisaligned = entry.offset & (header.clusterByteCount &- 1) != 0
+        return isMisaligned && entry.hasZeroFlag && header.version >= 3 ? .zeroPlain : entry
+    }
+
+    private mutating func correct(
+        l1Offset: UInt64, entryCount: UInt64,
+        l1: (L1Entry) throws(ImageError) -> UInt64, l2: (L2Entry) throws(ImageError) -> L2Entry
+    ) throws(ImageError) {
+        var tables: [UInt64] = []
+        let clusterMask = header.clusterByteCount &- 1
+        let edit = try correctedTable(
+            at: l1Offset, byteCount: Int(entryCount) * 8
+        ) { bits throws(ImageError) in
+            let entry = L1Entry(bits: bits)
+            guard entry.offset != 0, entry.offset & clusterMask == 0 else {
+                return bits
+            }
+            tables.append(entry.offset)
+            return try l1(entry)
+        }
+        if let edit, l1Offset == header.l1Offset {
+            l1Edits.append(edit)
+        } else if let edit, counts.count(of: l1Offset >> clusterBits) == 1 {
+            edits.append(edit)
+        }
+        for table in tables where seen.insert(table).inserted && !isShared(table) {
+            let edit = try correctedTable(
+                at: table, byteCount: Int(header.clusterByteCount)
+            ) { bits throws(ImageError) in
+                try l2(L2Entry(bits: bits)).bits
+            }
+            if let edit { edits.append(edit) }
+        }
+    }
+
+    /// The changed part of one table; nil where nothing changes.
+    private mutating func correctedTable(
+        at offset: UInt64, byteCount: Int, _ change: (UInt64) throws(ImageError) -> UInt64
+    ) throws(ImageError) -> RepairPlan.Edit? {
+        guard byteCount > 0 else { return nil }
+        var bytes = try Header.read(byteCount, at: offset, of: device)
+        var changed: Range<Int>?
+        for position in stride(from: 0, to: byteCount, by: 8) {
+            let old = bytes.withRawBytes { $0.bigEndian(at: position, as: UInt64.self) } ?? 0
+            let new = old == 0 ? 0 : try change(old)
+            guard new != old else { continue }
+            bytes.storeBigEndian(new, at: position)
+            changed = (changed?.lowerBound ?? position)..<position + 8
+            changedEntryCount += 1
+        }
+        guard let changed else { return nil }
+        return RepairPlan.Edit(
+            offset: offset &+ UInt64(changed.lowerBound), bytes: Array(bytes[changed]))
+    }
+}
