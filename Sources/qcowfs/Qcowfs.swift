@@ -15,7 +15,8 @@ struct Qcowfs: ParsableCommand {
         subcommands: [
             Mount.self, Umount.self, List.self, Stats.self, Create.self, Info.self, Check.self,
             Repair.self,
-            Convert.self, Compare.self, Measure.self, Read.self, Write.self,
+            Convert.self, Compare.self, Measure.self, Discard.self, Read.self,
+            Write.self,
         ])
 
     static func main() {

@@ -54,7 +54,7 @@ package struct ImageBuilder {
         let clusters = (byteCount + clusterSize - 1) / clusterSize
         counts += Array(repeating: 1, count: clusters)
         let end = offset + clusters * clusterSize
-        file.append(contentsOf: repeatElement(0, count: end - file.count))
+        file.append(contentsOf: [UInt8](repeating: 0, count: end - file.count))
         return offset
     }
 

@@ -15,7 +15,7 @@ extension [UInt8] {
     /// Stores `number` big-endian at `offset`, growing the bytes where they end before it.
     package mutating func put<Number: FixedWidthInteger>(_ number: Number, at offset: Int) {
         let end = offset + MemoryLayout<Number>.size
-        if end > count { append(contentsOf: repeatElement(0, count: end - count)) }
+        if end > count { append(contentsOf: [UInt8](repeating: 0, count: end - count)) }
         withUnsafeMutableBytes {
             $0.storeBytes(of: number.bigEndian, toByteOffset: offset, as: Number.self)
         }
@@ -24,8 +24,13 @@ extension [UInt8] {
     /// Stores `bytes` at `offset`, growing where needed.
     package mutating func put(_ bytes: [UInt8], at offset: Int) {
         let end = offset + bytes.count
-        if end > count { append(contentsOf: repeatElement(0, count: end - count)) }
-        replaceSubrange(offset..<end, with: bytes)
+        if end > count { append(contentsOf: [UInt8](repeating: 0, count: end - count)) }
+        // One copy of memory, which is fast without optimization too.
+        withUnsafeMutableBytes { target in
+            bytes.withUnsafeBytes {
+                UnsafeMutableRawBufferPointer(rebasing: target[offset..<end]).copyMemory(from: $0)
+            }
+        }
     }
 }
 

@@ -145,4 +145,26 @@ struct ConvertTests {
                     == Command.require(["qemu-img"] + words), "\(words)")
         }
     }
+
+    @Test("discard gives clusters full of zeros back, and the disk stays")
+    func discard() throws {
+        try convert(image, target)
+        let result = try qcowfs("discard", "--json", image)
+        #expect(result.status == 0, "\(result)")
+        #expect(result.output.contains("\(1.MiB)"))
+        #expect(try QemuImg.difference(target, image) == nil)
+        #expect(try QemuImg.check(image).status == 0)
+        #expect(try !QemuImg.dataRanges(image).contains { $0.contains(18.MiB) })
+    }
+
+    @Test("discard leaves zeros over a backing file in place")
+    func discardOverBacking() throws {
+        let top = folder.file("top.qcow2")
+        try QemuImg.create(top, backing: "disk.qcow2")
+        try QemuImg.io(top, ["write -q -P 0 0 1M"])
+        try convert(top, target)
+        #expect(try qcowfs("discard", top).status == 0)
+        #expect(try QemuImg.difference(target, top) == nil)
+        #expect(try QemuImg.check(top).status == 0)
+    }
 }

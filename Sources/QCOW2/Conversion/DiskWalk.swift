@@ -10,7 +10,7 @@ final class DiskWalk: Sendable {
         let isHole: Bool
     }
 
-    /// Bytes of the longest piece of data, which never crosses a multiple of this.
+    /// Bytes of the longest piece of data.
     static let pieceByteCount: UInt64 = 1 << 20
 
     private struct State {
@@ -20,25 +20,30 @@ final class DiskWalk: Sendable {
 
     private let sources: [SourceDisk]
     private let end: UInt64
+    private let pieceByteCount: UInt64
     private let state = Monitor(State())
 
-    /// A walk over the bytes that at least one of `sources` has.
-    init(over sources: [SourceDisk]) {
+    /// A walk over the bytes that at least one of `sources` has, in pieces that cross no multiple
+    /// of `pieceByteCount`, a power of two.
+    init(over sources: [SourceDisk], pieceByteCount: UInt64 = DiskWalk.pieceByteCount) {
         self.sources = sources
+        self.pieceByteCount = pieceByteCount
         end = sources.map(\.size).max() ?? 0
     }
 
-    /// Calls `body` for every piece, with a buffer of `bufferByteCount` bytes a thread.
+    /// Calls `body` for every piece, with a buffer of `bufferByteCount` bytes a thread, a piece's
+    /// where nothing else is said.
     ///
     /// - Parameters:
     ///   - threadCount: Threads that work, the caller's included.
     ///   - progress: Told on the caller's thread what part is done; false cancels.
     func run(
-        threadCount: Int, bufferByteCount: Int = Int(pieceByteCount),
+        threadCount: Int, bufferByteCount: Int? = nil,
         progress: ((Double) -> Bool)?,
         _ body:
             @escaping @Sendable (Piece, UnsafeMutableRawBufferPointer) throws(ImageError) -> Void
     ) throws(ImageError) {
+        let bufferByteCount = bufferByteCount ?? Int(pieceByteCount)
         let helpers = (1..<max(threadCount, 1)).compactMap { _ in
             Worker.start { self.work(bufferByteCount, progress: nil, body) }
         }
@@ -82,7 +87,7 @@ final class DiskWalk: Sendable {
             }
             count = min(count, end &- start)
             if !isHole {
-                let border = (start &+ Self.pieceByteCount) & ~(Self.pieceByteCount &- 1)
+                let border = (start &+ pieceByteCount) & ~(pieceByteCount &- 1)
                 count = min(count, border &- start)
             }
             state.offset = start &+ count

@@ -33,15 +33,17 @@ struct RepairPlanner {
         let l1Edits = rebuild.moved(tables.l1Edits)
         plan.add(rebuild.newStructures + l1Edits, rebuild.description)
         plan.add([rebuild.headerSwitch], "make the header refer to them")
-        plan.add(tables.edits, "correct \(tables.changedEntryCount) entries of L1 and L2 tables")
+        plan.add(
+            tables.edits,
+            "entries of L1 and L2 tables that are corrected: \(tables.changedEntryCount)")
         return plan
     }
 
     private mutating func planInPlace() throws(ImageError) -> RepairPlan {
         var plan = RepairPlan()
         if scope == .all {
-            let raised = try countEdits { max($0, $1) }
-            plan.add(raised.edits, "raise \(raised.count) refcounts that are too low")
+            let raised = try countEdits({ max($0, $1) }, counting: >)
+            plan.add(raised.edits, "refcounts that are too low and are raised: \(raised.count)")
         }
         if scope == .all || examination.result.corruptionCount == 0 {
             var stored = examination.stored
@@ -51,11 +53,11 @@ struct RepairPlanner {
             }
             plan.add(
                 tables.l1Edits + tables.edits,
-                "correct \(tables.changedEntryCount) entries of L1 and L2 tables")
+                "entries of L1 and L2 tables that are corrected: \(tables.changedEntryCount)")
         }
         if mayLower {
-            let lowered = try countEdits(final)
-            plan.add(lowered.edits, "lower \(lowered.count) refcounts of leaked clusters")
+            let lowered = try countEdits(final, counting: <)
+            plan.add(lowered.edits, "refcounts that are too high and are lowered: \(lowered.count)")
         }
         return plan
     }
@@ -91,10 +93,11 @@ struct RepairPlanner {
         (UInt64(header.l1EntryCount) &* 8 &+ clusterByteCount &- 1) / clusterByteCount
     }
 
-    /// The blocks in which `wanted`, told the stored and the computed count, changes something;
-    /// and how many counts change.
+    /// The blocks in which `wanted`, told the stored and the computed count, changes something that
+    /// `isCounted`; and how many counts that are.
     private mutating func countEdits(
-        _ wanted: (_ stored: UInt64, _ found: UInt64) -> UInt64
+        _ wanted: (_ stored: UInt64, _ found: UInt64) -> UInt64,
+        counting isCounted: (_ new: UInt64, _ stored: UInt64) -> Bool
     ) throws(ImageError) -> (edits: [RepairPlan.Edit], count: Int) {
         let format = examination.stored.format
         var edits: [RepairPlan.Edit] = []
@@ -112,7 +115,7 @@ struct RepairPlanner {
                     let count = min(wanted(stored, found), format.maximum)
                     guard count != stored else { continue }
                     format.store(count, at: index, in: bytes)
-                    changed += 1
+                    if isCounted(count, stored) { changed += 1 }
                 }
             }
             if changed > before { edits.append(RepairPlan.Edit(offset: offset, bytes: bytes)) }
