@@ -2,16 +2,25 @@ internal import Glibc
 
 /// A new file that takes a path's place only when it is complete.
 ///
-/// Until `commit()` it has a name of its own beside the path, which goes when the value does.  A
+/// Until `commit()` it has no name, so that nothing stays behind of a program that is killed; or,
+/// where a file system knows no such files, one beside the path, which goes when the value does.  A
 /// file that is there already is locked as for writing meanwhile, so nobody loses one in use.  A
 /// block device cannot be replaced: it is written itself.
 struct FileReplacement: ~Copyable {
     /// What to write to.
     let device: FileDevice
     private let path: String
-    /// Nil for a block device, and when the new file has taken its place.
-    private var temporaryPath: String?
+    private var state: State
     private let replaced: FileDevice?
+
+    private enum State {
+        /// A new file without a name.
+        case nameless
+        /// A new file beside the path.
+        case named(String)
+        /// What was made has its name: a block device, or a new file in its place.
+        case inPlace
+    }
 
     /// - Throws: `.locked` where the file at `path` is in use, `.system` where none can be made.
     init(of path: String) throws(ImageError) {
@@ -40,45 +49,85 @@ struct FileReplacement: ~Copyable {
     private init(writing device: FileDevice) {
         self.device = device
         path = device.name
-        temporaryPath = nil
+        state = .inPlace
         replaced = nil
     }
 
     private init(newFileAt path: String, replacing existing: FileDevice?) throws(ImageError) {
-        let temporary = Self.temporaryPath(beside: path)
-        let descriptor = open(temporary, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0o644)
-        guard descriptor >= 0 else {
-            throw ImageError(.system(.last, operation: "cannot create"), file: path)
-        }
+        let (descriptor, state) = try Self.openNewFile(beside: path)
         if let existing { Self.copyOwnership(from: existing, to: descriptor) }
         do throws(ImageError) {
             device = try FileDevice(
                 descriptor, name: path, access: .readWrite, bypassesPageCache: false,
                 mapsBytes: false)
         } catch {
-            unlink(temporary)
+            if case .named(let temporary) = state { unlink(temporary) }
             throw error
         }
         self.path = path
-        temporaryPath = temporary
+        self.state = state
         replaced = existing
     }
 
     deinit {
-        if let temporaryPath { unlink(temporaryPath) }
+        if case .named(let temporary) = state { unlink(temporary) }
+    }
+
+    private static func openNewFile(
+        beside path: String
+    ) throws(ImageError) -> (descriptor: Int32, state: State) {
+        // A nameless file gets its name through /proc.
+        if access("/proc/self/fd", X_OK) == 0 {
+            let descriptor = open(directory(of: path) + "/", Platform.namelessFile, 0o644)
+            if descriptor >= 0 { return (descriptor, .nameless) }
+        }
+        let temporary = temporaryPath(beside: path)
+        let descriptor = open(temporary, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0o644)
+        guard descriptor >= 0 else {
+            throw ImageError(.system(.last, operation: "cannot create"), file: path)
+        }
+        return (descriptor, .named(temporary))
+    }
+
+    /// Whether two paths name one file, or would if something were there.
+    static func areSame(_ first: String, _ second: String) -> Bool {
+        if let identity = FileDevice.Identity(ofFileAt: first) {
+            return identity == FileDevice.Identity(ofFileAt: second)
+        }
+        return name(of: first) == name(of: second)
+            && FileDevice.Identity(ofFileAt: directory(of: first) + "/")
+                == FileDevice.Identity(ofFileAt: directory(of: second) + "/")
     }
 
     /// Puts the new file in place, durably.
     consuming func commit() throws(ImageError) {
         do throws(SystemError) {
             _ = try retryingInterrupts { fsync(device.descriptor) }
-            guard let temporaryPath else { return }
-            guard rename(temporaryPath, path) == 0 else { throw .last }
-            self.temporaryPath = nil
+            switch state {
+            case .inPlace: return
+            // A name that is taken by now is a file that nobody has looked at.
+            case .nameless where replaced == nil: try link(to: path)
+            case .nameless:
+                let temporary = Self.temporaryPath(beside: path)
+                try link(to: temporary)
+                state = .named(temporary)
+                try rename(temporary)
+            case .named(let temporary): try rename(temporary)
+            }
+            state = .inPlace
             try Self.syncDirectory(of: path)
         } catch {
             throw ImageError(.system(error, operation: "cannot create"), file: path)
         }
+    }
+
+    private func link(to name: String) throws(SystemError) {
+        let source = "/proc/self/fd/\(device.descriptor)"
+        guard linkat(AT_FDCWD, source, AT_FDCWD, name, AT_SYMLINK_FOLLOW) == 0 else { throw .last }
+    }
+
+    private func rename(_ temporary: String) throws(SystemError) {
+        guard Glibc.rename(temporary, path) == 0 else { throw .last }
     }
 
     /// The new file belongs to whom the old one did, as far as the system lets us say so.
@@ -98,6 +147,10 @@ struct FileReplacement: ~Copyable {
     private static func directory(of path: String) -> String {
         guard let slash = path.lastIndex(of: "/") else { return "." }
         return slash == path.startIndex ? "" : String(path[..<slash])
+    }
+
+    private static func name(of path: String) -> Substring {
+        path.lastIndex(of: "/").map { path[path.index(after: $0)...] } ?? path[...]
     }
 
     private static func syncDirectory(of path: String) throws(SystemError) {

@@ -3,6 +3,10 @@ internal import Glibc
 
 /// What differs from one operating system to another, all in one place.  This is Linux.
 enum Platform {
+    /// The flags that open a file without a name, in the directory that is opened.  glibc computes
+    /// `O_TMPFILE` from a macro that Swift does not see.
+    static let namelessFile = O_RDWR | O_CLOEXEC | O_DIRECTORY | 0o20_000_000
+
     /// Reserves space for `range` without writing to it; the file grows where it has to.
     static func reserve(_ descriptor: Int32, _ range: Range<UInt64>) throws(SystemError) {
         try allocate(descriptor, mode: 0, range)
