@@ -40,7 +40,7 @@ final class AllocationCounter: Sendable {
     }
 
     static func byteCount(of entry: L2Entry, _ shown: UInt64, _ clusterByteCount: UInt64) -> Int {
-        if entry.isCompressed || entry.offset != 0 { return Int(clusterByteCount) }
+        if entry.showsData || entry.offset != 0 { return Int(clusterByteCount) }
         return entry.hasZeroFlag ? 0 : Int(shown)
     }
 }
@@ -52,7 +52,7 @@ extension Image {
         if let counted = allocation.counted { return min(counted, size) }
         var estimate: UInt64 = 0
         for index in 0..<layerCount {
-            estimate &+= layers[index].file.allocatedByteCount
+            estimate &+= layers[index].data.allocatedByteCount
         }
         return min(estimate, size &- min(size, clusterByteCount))
     }

@@ -1,11 +1,18 @@
 internal import Glibc
 
-/// Finds the file that a backing reference means, and holds it to the open policy.
+/// Finds the file that a reference in an image's header means, to a backing file or to an external
+/// data file, and holds it to the open policy.
 ///
 /// It only looks files up; nothing is opened except, for a reference without a format, the first
 /// bytes of a file that the policy allows.
 package struct BackingResolver: Sendable {
     package enum Format: String, Sendable { case raw, qcow2 }
+
+    /// What an image names a file for.
+    private enum Role: String {
+        case backing = "backing file"
+        case data = "data file"
+    }
 
     /// A file that may be opened.
     package struct Resolved: Equatable, Sendable {
@@ -50,16 +57,11 @@ package struct BackingResolver: Sendable {
         _ reference: String, format: String?, from overlayPath: String,
         overlayWasProbed: Bool = false, chain: [FileDevice.Identity]
     ) throws(ImageError) -> Resolved {
-        try checkReference(reference, from: overlayPath)
-        if overlayWasProbed && !policy.trustsEverything {
-            throw denied(
-                reference, from: overlayPath,
-                "a file whose own format is only guessed may not ask for")
-        }
+        try checkReference(reference, .backing, from: overlayPath, overlayWasProbed)
         let known = try Self.format(format, of: reference, from: overlayPath)
         let location = Self.location(of: reference, from: overlayPath)
-        let path = try find(reference, at: location, from: overlayPath)
-        let identity = try judge(path, reference: reference, from: overlayPath)
+        let path = try find(reference, .backing, at: location, from: overlayPath)
+        let identity = try judge(path, .backing, reference: reference, from: overlayPath)
         if chain.contains(identity) {
             throw Self.backing("the backing chain comes back to \(path)", overlayPath)
         }
@@ -74,6 +76,24 @@ package struct BackingResolver: Sendable {
         let probed = try Self.probe(path, from: overlayPath)
         return Resolved(
             path: path, location: location, format: probed, isProbed: true, identity: identity)
+    }
+
+    /// The external data file that `reference`, found in the header of the image at `imagePath`,
+    /// means; the other parameters are those of `resolve`.
+    /// - Throws: `.denied` where the policy forbids it, `.dataFile` where it cannot be opened.
+    package func resolveDataFile(
+        _ reference: String, from imagePath: String, imageWasProbed: Bool = false,
+        chain: [FileDevice.Identity]
+    ) throws(ImageError) -> Resolved {
+        try checkReference(reference, .data, from: imagePath, imageWasProbed)
+        let location = Self.location(of: reference, from: imagePath)
+        let path = try find(reference, .data, at: location, from: imagePath)
+        let identity = try judge(path, .data, reference: reference, from: imagePath)
+        if chain.contains(identity) {
+            throw Self.error(.data, "its data file \(path) is a file of its chain", imagePath)
+        }
+        return Resolved(
+            path: path, location: location, format: .raw, isProbed: false, identity: identity)
     }
 
     // MARK: The reference
@@ -94,15 +114,21 @@ package struct BackingResolver: Sendable {
     }
 
     private func checkReference(
-        _ reference: String, from overlayPath: String
+        _ reference: String, _ role: Role, from overlayPath: String, _ overlayWasProbed: Bool
     ) throws(ImageError) {
         if Self.hasScheme(reference) {
-            throw Self.backing(
-                "names the backing file \(Self.quoted(reference)); "
+            throw Self.error(
+                role,
+                "names the \(role.rawValue) \(Self.quoted(reference)); "
                     + "only plain local paths are opened", overlayPath)
         }
         if reference.isEmpty || reference.utf8.contains(0) {
-            throw Self.backing("names a backing file without a usable name", overlayPath)
+            throw Self.error(role, "names a \(role.rawValue) without a usable name", overlayPath)
+        }
+        if overlayWasProbed && !policy.trustsEverything {
+            throw denied(
+                reference, from: overlayPath,
+                "a file whose own format is only guessed may not ask for")
         }
     }
 
@@ -121,7 +147,7 @@ package struct BackingResolver: Sendable {
     // MARK: The file
 
     private func find(
-        _ reference: String, at location: String, from overlayPath: String
+        _ reference: String, _ role: Role, at location: String, from overlayPath: String
     ) throws(ImageError) -> String {
         do throws(ImageError) {
             let path = try Self.realPath(location)
@@ -133,8 +159,8 @@ package struct BackingResolver: Sendable {
             if let ancestor = Self.existingAncestor(of: location) {
                 try checkPlace(of: ancestor + "/x", reference: reference, from: overlayPath)
             }
-            throw Self.backing(
-                "the backing file \(Self.quoted(location)) cannot be opened: \(reason)",
+            throw Self.error(
+                role, "the \(role.rawValue) \(Self.quoted(location)) cannot be opened: \(reason)",
                 overlayPath)
         }
     }
@@ -152,12 +178,13 @@ package struct BackingResolver: Sendable {
     }
 
     private func judge(
-        _ path: String, reference: String, from overlayPath: String
+        _ path: String, _ role: Role, reference: String, from overlayPath: String
     ) throws(ImageError) -> FileDevice.Identity {
         var status = stat()
         guard stat(path, &status) == 0 else {
-            throw Self.backing(
-                "the backing file \(Self.quoted(path)) cannot be opened: \(SystemError.last)",
+            throw Self.error(
+                role,
+                "the \(role.rawValue) \(Self.quoted(path)) cannot be opened: \(SystemError.last)",
                 overlayPath)
         }
         switch status.st_mode & S_IFMT {
@@ -165,8 +192,9 @@ package struct BackingResolver: Sendable {
         case S_IFBLK where policy.trustsEverything: break
         case S_IFBLK: throw denied(reference, from: overlayPath, "is a block device")
         default:
-            throw Self.backing(
-                "the backing file \(Self.quoted(path)) is neither a file nor a block device",
+            throw Self.error(
+                role,
+                "the \(role.rawValue) \(Self.quoted(path)) is neither a file nor a block device",
                 overlayPath)
         }
         return FileDevice.Identity(status)
@@ -229,7 +257,11 @@ package struct BackingResolver: Sendable {
     }
 
     private static func backing(_ words: String, _ overlayPath: String) -> ImageError {
-        ImageError(.backing(words), file: overlayPath)
+        error(.backing, words, overlayPath)
+    }
+
+    private static func error(_ role: Role, _ words: String, _ path: String) -> ImageError {
+        ImageError(role == .data ? .dataFile(words) : .backing(words), file: path)
     }
 
     /// A name from an image, safe to print in one line.

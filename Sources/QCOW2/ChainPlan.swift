@@ -5,6 +5,13 @@ struct ChainFile: Sendable {
     let device: any BlockDevice
     /// nil for a raw disk.
     let header: Header?
+    /// Where the guest data of a qcow2 image lies that has an external data file.
+    var data: (any BlockDevice)?
+
+    func close() {
+        device.close()
+        data?.close()
+    }
 }
 
 /// The files of an image's backing chain, opened in the order in which they refer to each other.
@@ -17,7 +24,7 @@ struct ChainPlan {
         do throws(ImageError) {
             try openAll(path)
         } catch {
-            for file in files { file.device.close() }
+            for file in files { file.close() }
             throw error
         }
     }
@@ -27,10 +34,11 @@ struct ChainPlan {
             path, access: options.access == .readWrite ? .readWrite : .readOnly)
         var header = try judged(top)
         files.append(ChainFile(device: top, header: header))
-        if header.backingFile == nil { return }
+        guard header.backingFile != nil || header.hasDataFile else { return }
         let resolver = try BackingResolver(policy: options.policy, imagePath: path)
         var chain = [top.identity]
         var overlay = (path: path, isProbed: false)
+        try openDataFile(of: header, at: path, isProbed: false, resolver, &chain)
         while let reference = header.backingFile {
             let found = try resolver.resolve(
                 reference, format: header.backingFormat, from: overlay.path,
@@ -57,7 +65,31 @@ struct ChainPlan {
             header = try judged(device)
             files.append(ChainFile(device: device, header: header))
             overlay = (found.location, found.isProbed)
+            try openDataFile(
+                of: header, at: overlay.path, isProbed: overlay.isProbed, resolver, &chain)
         }
+    }
+
+    /// Opens the external data file of the last file, if it has one.
+    private mutating func openDataFile(
+        of header: Header, at path: String, isProbed: Bool, _ resolver: BackingResolver,
+        _ chain: inout [FileDevice.Identity]
+    ) throws(ImageError) {
+        guard header.hasDataFile, let last = files.indices.last else { return }
+        guard let reference = header.dataFileName else {
+            throw ImageError(
+                .dataFile("keeps its data in an external data file, which it does not name"),
+                file: path)
+        }
+        let found = try resolver.resolveDataFile(
+            reference, from: path, imageWasProbed: isProbed, chain: chain)
+        let isWritable = last == 0 && options.access == .readWrite
+        let device = try openFile(found.path, access: isWritable ? .readWrite : .readOnly)
+        files[last].data = device
+        guard device.identity == found.identity else {
+            throw ImageError(.dataFile("its data file \(reference) was replaced"), file: path)
+        }
+        chain.append(device.identity)
     }
 
     private func openFile(
@@ -120,7 +152,6 @@ extension Header {
             return .unknownIncompatible(names: unknown.names, bits: unknown.bits)
         }
         if incompatibleFeatures.contains(.extendedL2) { return .extendedL2 }
-        if incompatibleFeatures.contains(.externalDataFile) { return .externalDataFile }
         return encryptionMethod == 0 ? nil : .encryption(method: encryptionMethod)
     }
 }

@@ -35,9 +35,12 @@ public struct CreateOptions: Sendable {
     public var opensBackingFile = true
     public var preallocation: Preallocation = .off
 
-    // Parts of the format which are refused by name so far.
+    /// L2 entries with 32 subclusters each; needs version 3 and clusters of 16 KiB or more.
     public var hasExtendedL2 = false
+    /// The external data file: made with the image, stored as it is, and found relative to the
+    /// image.  Needs version 3.
     public var dataFile: String?
+    /// Whether the data file alone is a raw image of the disk.
     public var dataFileIsRaw = false
     /// `luks` or `aes`.
     public var encryptionFormat: String?
@@ -46,12 +49,14 @@ public struct CreateOptions: Sendable {
 }
 
 extension CreateOptions {
+    var l2EntryByteCount: UInt64 { hasExtendedL2 ? 16 : 8 }
+
+    /// Whether every cluster gets an L2 entry at once, as a raw data file needs: its tables must
+    /// not say less than the file.
+    var mapsClusters: Bool { preallocation != .off || dataFileIsRaw }
+
     /// Throws where the options make no image, or one that this version cannot make.
     func check(file: String) throws(ImageError) {
-        if hasExtendedL2 { throw ImageError(.unsupported(.extendedL2), file: file) }
-        if dataFile != nil || dataFileIsRaw {
-            throw ImageError(.unsupported(.externalDataFile), file: file)
-        }
         if let encryptionFormat {
             let method: UInt32 = encryptionFormat == "luks" ? 2 : 1
             throw ImageError(.unsupported(.encryption(method: method)), file: file)
@@ -73,8 +78,27 @@ extension CreateOptions {
             if refcountBits != 16 { return "refcounts of \(refcountBits) bits need compat=1.1" }
             if hasLazyRefcounts { return "lazy refcounts need compat=1.1" }
             if compressionType != .deflate { return "compression type zstd needs compat=1.1" }
+            if hasExtendedL2 { return "extended L2 entries need compat=1.1" }
+            if dataFile != nil { return "an external data file needs compat=1.1" }
         }
-        return backingContradiction
+        if hasExtendedL2, clusterByteCount < 16384 {
+            return "extended L2 entries need clusters of 16k or more"
+        }
+        return dataFileContradiction ?? backingContradiction
+    }
+
+    private var dataFileContradiction: String? {
+        guard let dataFile else {
+            return dataFileIsRaw ? "data_file_raw needs a data file" : nil
+        }
+        if dataFile.isEmpty || dataFile.utf8.contains(0) {
+            return "the data file has no usable name"
+        }
+        if BackingResolver.hasScheme(dataFile) { return "the data file is not a plain local path" }
+        if dataFileIsRaw, backingFile != nil {
+            return "a raw data file cannot be combined with a backing file"
+        }
+        return nil
     }
 
     private var backingContradiction: String? {
@@ -93,7 +117,10 @@ extension CreateOptions {
         if BackingResolver.Format(rawValue: backingFormat) == nil {
             return "the backing format \(backingFormat) is not supported (raw and qcow2 are)"
         }
-        if preallocation != .off { return "an image with a backing file cannot be preallocated" }
+        // Without subclusters the clusters would hide the backing file.
+        if preallocation != .off, !hasExtendedL2 {
+            return "an image with a backing file can be preallocated with extended_l2=on only"
+        }
         return nil
     }
 }

@@ -1,11 +1,13 @@
 /// Where everything lies in a new image: header, refcount table, refcount blocks, L1 table, and
-/// with preallocation L2 tables and data, one after the other.
+/// with preallocation L2 tables and data (unless that has a file of its own), one after the other.
 struct CreationLayout {
     let clusterBits: UInt32
     let refcountTableClusterCount: UInt64
     let refcountBlockCount: UInt64
     let l1EntryCount: UInt64
     let l2TableCount: UInt64
+    /// Clusters that L2 entries point to, and how many of them lie in this file.
+    let mappedClusterCount: UInt64
     let dataClusterCount: UInt64
     let clusterCount: UInt64
     private let l1ClusterCount: UInt64
@@ -18,7 +20,7 @@ struct CreationLayout {
     var dataOffset: UInt64 { l2Offset + l2TableCount * clusterByteCount }
     /// Length of the file: up to the last byte that means something.
     var byteCount: UInt64 {
-        dataClusterCount > 0 ? clusterCount * clusterByteCount : l1Offset + l1EntryCount * 8
+        l2TableCount > 0 ? clusterCount * clusterByteCount : l1Offset + l1EntryCount * 8
     }
 
     /// - Parameter size: Bytes of the virtual disk, a multiple of 512.
@@ -28,14 +30,15 @@ struct CreationLayout {
         let cluster = options.clusterByteCount
         clusterBits = UInt32(bits)
         // Every count below is at most 2^55, because the L1 table's limit bounds the size.
-        l1EntryCount = size.divided(by: cluster / 8 * cluster)
+        l1EntryCount = size.divided(by: cluster / options.l2EntryByteCount * cluster)
         guard size <= Limits.virtualByteCount, l1EntryCount * 8 <= Limits.l1ByteCount else {
             throw Self.tooLarge(size, cluster, file)
         }
         l1ClusterCount = (l1EntryCount * 8).divided(by: cluster)
-        let preallocates = options.preallocation != .off
+        let preallocates = options.mapsClusters
         l2TableCount = preallocates ? l1EntryCount : 0
-        dataClusterCount = preallocates ? size.divided(by: cluster) : 0
+        mappedClusterCount = preallocates ? size.divided(by: cluster) : 0
+        dataClusterCount = options.dataFile == nil ? mappedClusterCount : 0
 
         let others = 1 + l1ClusterCount + l2TableCount + dataClusterCount
         let countsPerBlock = cluster * 8 / options.refcountBits

@@ -3,18 +3,30 @@ extension Image {
     ///
     /// The header is written last, when everything else is on stable storage: a device on which
     /// this was interrupted holds no image.
-    /// - Parameter size: Bytes of the virtual disk, rounded up to a multiple of 512.
+    /// - Parameters:
+    ///   - size: Bytes of the virtual disk, rounded up to a multiple of 512.
+    ///   - dataFile: Where guest data shall lie if the options name an external data file.
     /// - Throws: `.invalidArgument` or `.unsupported` before anything is written, `.system` where
-    ///   the device fails.
+    ///   a device fails.
     public static func create(
-        on device: any BlockDevice, size: UInt64, options: CreateOptions = CreateOptions()
+        on device: any BlockDevice, size: UInt64, options: CreateOptions = CreateOptions(),
+        dataFile: (any BlockDevice)? = nil
     ) throws(ImageError) {
         try options.check(file: device.name)
         let size = try roundedUp(size, file: device.name)
-        try ImageCreation(device, size: size, options: options).run()
+        let layout = try CreationLayout(size: size, options: options, file: device.name)
+        guard (options.dataFile == nil) == (dataFile == nil) else {
+            throw ImageError(
+                .invalidArgument("the data file's name and its device go together"),
+                file: device.name)
+        }
+        try ImageCreation(
+            device: device, data: dataFile, size: size, layout: layout, options: options
+        ).run()
     }
 
-    /// Makes an empty image in a file, and replaces one that is there by the complete new one.
+    /// Makes an empty image in a file, with its external data file where the options name one, and
+    /// replaces files that are there by the complete new ones.
     ///
     /// - Parameter size: Bytes of the virtual disk, rounded up to a multiple of 512; nil takes the
     ///   backing file's.
@@ -32,8 +44,38 @@ extension Image {
         // Refused before the file that is there is touched.
         let layout = try CreationLayout(size: rounded, options: options, file: path)
         let target = try FileReplacement(of: path)
-        try ImageCreation(target.device, size: rounded, layout: layout, options: options).run()
+        guard let name = options.dataFile else {
+            try ImageCreation(
+                device: target.device, data: nil, size: rounded, layout: layout, options: options
+            ).run()
+            return try target.commit()
+        }
+        let data = try FileReplacement(of: dataFileLocation(name, of: options, imagePath: path))
+        try ImageCreation(
+            device: target.device, data: data.device, size: rounded, layout: layout,
+            options: options
+        ).run()
+        // An image never names a file that is not there yet.
+        try data.commit()
         try target.commit()
+    }
+
+    /// Where the data file is made: no file that the new image needs for something else.
+    private static func dataFileLocation(
+        _ name: String, of options: CreateOptions, imagePath: String
+    ) throws(ImageError) -> String {
+        let location = BackingResolver.location(of: name, from: imagePath)
+        if FileReplacement.areSame(location, imagePath) {
+            throw ImageError(.dataFile("an image cannot be its own data file"), file: imagePath)
+        }
+        if let backing = options.backingFile,
+            FileReplacement.areSame(
+                location, BackingResolver.location(of: backing, from: imagePath))
+        {
+            throw ImageError(
+                .dataFile("the backing file cannot be the data file too"), file: imagePath)
+        }
+        return location
     }
 
     private static func roundedUp(_ size: UInt64, file: String) throws(ImageError) -> UInt64 {
@@ -75,26 +117,15 @@ extension Image {
 /// Writes one new image.
 private struct ImageCreation {
     let device: any BlockDevice
+    /// The external data file, nil without one.
+    let data: (any BlockDevice)?
     let size: UInt64
     let layout: CreationLayout
     let options: CreateOptions
 
-    init(_ device: any BlockDevice, size: UInt64, options: CreateOptions) throws(ImageError) {
-        let layout = try CreationLayout(size: size, options: options, file: device.name)
-        self.init(device, size: size, layout: layout, options: options)
-    }
-
-    init(
-        _ device: any BlockDevice, size: UInt64, layout: CreationLayout, options: CreateOptions
-    ) {
-        self.device = device
-        self.size = size
-        self.layout = layout
-        self.options = options
-    }
-
     func run() throws(ImageError) {
         let header = try encodedHeader()
+        try makeDataFile()
         do throws(SystemError) {
             try erase()
             try writeRefcounts()
@@ -125,10 +156,17 @@ private struct ImageCreation {
         if options.compressionType != .deflate {
             header.incompatibleFeatures.insert(.compressionType)
         }
+        if options.hasExtendedL2 { header.incompatibleFeatures.insert(.extendedL2) }
         if options.hasLazyRefcounts { header.compatibleFeatures.insert(.lazyRefcounts) }
         if let format = options.backingFormat {
             header.extensions.append(
                 HeaderExtension(type: HeaderExtension.backingFormat, data: Array(format.utf8)))
+        }
+        if let name = options.dataFile {
+            header.incompatibleFeatures.insert(.externalDataFile)
+            if options.dataFileIsRaw { header.autoclearFeatures.insert(.rawExternalData) }
+            header.extensions.append(
+                HeaderExtension(type: HeaderExtension.externalDataFile, data: Array(name.utf8)))
         }
         // In small clusters the table would leave no room for the backing file's name.
         if options.version == .v3 && layout.clusterByteCount > 4096 {
@@ -139,6 +177,25 @@ private struct ImageCreation {
             return try header.encoded()
         } catch {
             throw ImageError(.malformed(error), file: device.name)
+        }
+    }
+
+    /// Makes the external data file a disk of zeros.
+    private func makeDataFile() throws(ImageError) {
+        guard let data else { return }
+        do throws(SystemError) {
+            if data.readsZerosPastEnd {
+                try data.resize(to: 0)
+                try data.resize(to: size)
+            } else if try data.byteCount() < size {
+                throw .noSpace
+            } else if options.dataFileIsRaw {
+                try writeZeros(0..<size, to: data)
+            }
+            try preallocate(0..<size, of: data)
+            try data.flush()
+        } catch {
+            throw ImageError(.system(error, operation: "cannot write"), file: data.name)
         }
     }
 
@@ -156,9 +213,9 @@ private struct ImageCreation {
             throw .noSpace
         }
         // The old header goes first: it would describe tables that are overwritten now.
-        try writeZeros(0..<min(layout.clusterByteCount, layout.byteCount))
+        try writeZeros(0..<min(layout.clusterByteCount, layout.byteCount), to: device)
         try device.flush()
-        try writeZeros(0..<layout.byteCount)
+        try writeZeros(0..<layout.byteCount, to: device)
     }
 
     private func writeRefcounts() throws(SystemError) {
@@ -188,25 +245,37 @@ private struct ImageCreation {
         try writeEntries(layout.l1EntryCount, at: layout.l1Offset) { index in
             L1Entry(copiedTableAt: layout.l2Offset + index * layout.clusterByteCount).bits
         }
-        try writeEntries(layout.dataClusterCount, at: layout.l2Offset) { index in
-            L2Entry(copiedClusterAt: layout.dataOffset + index * layout.clusterByteCount).bits
+        // In a data file every cluster has the place that it has on the disk.
+        let first = options.dataFile == nil ? layout.dataOffset : 0
+        // The second word of an extended entry says that the cluster has no data yet.
+        let wordsPerEntry = options.l2EntryByteCount / 8
+        try writeEntries(layout.mappedClusterCount * wordsPerEntry, at: layout.l2Offset) { index in
+            guard index % wordsPerEntry == 0 else { return 0 }
+            let cluster = index / wordsPerEntry
+            return L2Entry(copiedClusterAt: first + cluster * layout.clusterByteCount).bits
         }
     }
 
     private func writeData() throws(SystemError) {
         guard layout.dataClusterCount > 0 else { return }
-        let data = layout.dataOffset..<layout.byteCount
+        try preallocate(layout.dataOffset..<layout.byteCount, of: device)
+    }
+
+    /// Takes space for a range that reads as zeros, where the options ask for it.
+    private func preallocate(
+        _ range: Range<UInt64>, of device: any BlockDevice
+    ) throws(SystemError) {
         switch options.preallocation {
         case .off, .metadata: break
-        case .full: try writeZeros(data)
+        case .full: try writeZeros(range, to: device)
         case .falloc:
+            guard !range.isEmpty else { return }
             do throws(SystemError) {
-                guard let file = device as? FileDevice else { throw .notSupported }
-                try file.reserve(0..<layout.byteCount)
+                try device.reserve(range)
             } catch {
                 // Where space cannot be reserved it is taken by writing, as posix_fallocate does.
                 guard error == .notSupported else { throw error }
-                try writeZeros(data)
+                try writeZeros(range, to: device)
             }
         }
     }
@@ -230,7 +299,9 @@ private struct ImageCreation {
         }
     }
 
-    private func writeZeros(_ range: Range<UInt64>) throws(SystemError) {
+    private func writeZeros(
+        _ range: Range<UInt64>, to device: any BlockDevice
+    ) throws(SystemError) {
         let zeros = [UInt8](
             repeating: 0, count: Int(min(1 << 20, range.upperBound - range.lowerBound)))
         var offset = range.lowerBound

@@ -90,8 +90,18 @@ extension Image {
         }
     }
 
-    /// Zeroes whole clusters of one kind: the table of what becomes of what.
+    /// Zeroes whole clusters of one kind, in the tables and, where it must or can be, in a data
+    /// file.
     private func zeroRun(
+        _ run: Range<UInt64>, _ kind: ClusterKind, _ zeroing: Zeroing, _ writing: Writing
+    ) throws(ImageError) {
+        if kind == .data, header.hasRawDataFile { return try zeroRawDataFile(run, zeroing) }
+        try zeroEntries(run, kind, zeroing, writing)
+        if map.hasDataFile, zeroing == .unmapping { unmapDataFile(run, kind) }
+    }
+
+    /// The table of what becomes of what.
+    private func zeroEntries(
         _ run: Range<UInt64>, _ kind: ClusterKind, _ zeroing: Zeroing, _ writing: Writing
     ) throws(ImageError) {
         let hidesBacking = run.lowerBound < backingEnd
@@ -156,6 +166,8 @@ extension Image {
             let extent = try map.extent(at: offset, limit: cluster.upperBound &- offset)
             if extent.kind == .unallocated || extent.kind == .zeroPlain {
                 try allocateCluster(cluster, writing)
+            } else if map.hasDataFile {
+                try top.data.reserveKeepingBytes(cluster)
             }
             offset &+= map.clusterMask &+ 1
         }
@@ -164,14 +176,15 @@ extension Image {
     private func allocateCluster(_ cluster: Range<UInt64>, _ writing: Writing) throws(ImageError) {
         guard map.version == 3, try isHole(cluster) else { return try copyUp(cluster, writing) }
         try makeTableWritable(at: cluster.lowerBound, writing)
-        let run = try allocate(1, writing)
+        let run = try allocate(forGuest: cluster.lowerBound &>> map.clusterBits, 1, writing)
+        let host = run.first &<< map.clusterBits
         do throws(ImageError) {
-            try top.file.reserve(run.first &<< map.clusterBits..<run.end &<< map.clusterBits)
+            try top.reserve(host..<top.clusterEnd(at: host, diskEnd: size))
         } catch {
-            try writing.allocator.release(run)
+            try release(run, writing)
             throw error
         }
-        let new = L2Entry(copiedClusterAt: run.first &<< map.clusterBits).withZeroFlag
+        let new = L2Entry(copiedClusterAt: host).withZeroFlag
         try link(cluster.lowerBound &>> map.clusterBits, count: 1, writing) { _, _ in new }
     }
 

@@ -44,6 +44,20 @@ extension Image {
         throw ImageError(.system(.noSpace, operation: "no free clusters"), file: top.file.name)
     }
 
+    /// Takes up to `count` consecutive clusters for guest clusters from `first` on.  In an external
+    /// data file each has its place already.
+    func allocate(forGuest first: UInt64, _ count: Int, _ writing: Writing) throws(ImageError)
+        -> ClusterRun
+    {
+        if map.hasDataFile { return ClusterRun(first: first, count: UInt64(count)) }
+        return try allocate(count, writing)
+    }
+
+    /// Takes back clusters whose data could not be written.
+    func release(_ run: ClusterRun, _ writing: Writing) throws(ImageError) {
+        if !map.hasDataFile { try writing.allocator.release(run) }
+    }
+
     // MARK: L2 tables
 
     /// Makes sure that the L2 table for `guest` exists and is ours alone.
@@ -157,6 +171,7 @@ extension Image {
             }
         }
         top.file.stopWriting()
+        top.data.stopWriting()
         return error
     }
 }

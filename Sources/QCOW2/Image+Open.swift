@@ -16,7 +16,7 @@ struct OpenedChain: ~Copyable {
 
     deinit {
         guard !isTaken else { return }
-        for index in 0..<layerCount { layers[index].file.device.close() }
+        for index in 0..<layerCount { layers[index].close() }
         layers.deinitialize(count: layerCount)
         layers.deallocate()
     }
@@ -33,8 +33,9 @@ extension Image {
     /// The locks that QEMU honours are taken on every file before its header is read, and held
     /// until `close()`.
     /// - Throws: `.notQCOW2`, `.malformed`, `.unsupported` for what it is; `.locked` with the
-    ///   holder; `.denied` where the policy forbids a backing file; `.markedCorrupt` for writing
-    ///   to an image with the corrupt bit; `.system`.
+    ///   holder; `.denied` where the policy forbids a backing or a data file; `.backing` or
+    ///   `.dataFile` where one cannot be used; `.markedCorrupt` for writing to an image with the
+    ///   corrupt bit; `.system`.
     public static func open(
         _ path: String, options: OpenOptions = OpenOptions()
     ) throws(ImageError) -> Image {
@@ -44,13 +45,16 @@ extension Image {
         return Image(chain)
     }
 
-    /// Opens the image on `device`, over `backing`, which is given top first; what the header says
-    /// of a backing file is not followed.
+    /// Opens the image on `device`, over `backing`, which is given top first, with its guest data
+    /// on `dataFile` where it has an external data file; what the header says of other files is
+    /// not followed.
     public static func open(
-        _ device: any BlockDevice, backing: [Backing] = [], options: OpenOptions = OpenOptions()
+        _ device: any BlockDevice, dataFile: (any BlockDevice)? = nil, backing: [Backing] = [],
+        options: OpenOptions = OpenOptions()
     ) throws(ImageError) -> Image {
         var files: [ChainFile] = [
-            ChainFile(device: device, header: try Header.readSupported(from: device))
+            ChainFile(
+                device: device, header: try Header.readSupported(from: device), data: dataFile)
         ]
         for layer in backing {
             switch layer {
@@ -75,15 +79,29 @@ extension Image {
         for (number, file) in files.enumerated() {
             let hostFile = try HostFile(file.device)
             if let header = file.header {
+                let data = try dataFile(of: file, header, besides: hostFile)
                 chain.append(
                     try Layer(
-                        qcow2: header, in: hostFile, number: number, cacheByteCount: shares[number])
-                )
+                        qcow2: header, in: hostFile, data: data, number: number,
+                        cacheByteCount: shares[number]))
             } else {
                 chain.append(Layer(raw: hostFile, number: number))
             }
         }
         if isWritable { chain.writing = try makeWriting(chain) }
+    }
+
+    /// The file that the guest data of an image lies in.
+    private static func dataFile(
+        of file: ChainFile, _ header: Header, besides hostFile: HostFile
+    ) throws(ImageError) -> HostFile {
+        guard header.hasDataFile else { return hostFile }
+        guard let data = file.data else {
+            throw ImageError(
+                .dataFile("keeps its data in an external data file, which was not given"),
+                file: file.device.name)
+        }
+        return try HostFile(data)
     }
 
     /// What must be true of an image before it is opened for writing.
@@ -95,6 +113,7 @@ extension Image {
         // What a killed predecessor wrote may be in the page cache only: nothing of it is trusted
         // before it is durable.
         do throws(SystemError) {
+            try file.data?.flush()
             try file.device.flush()
         } catch {
             throw ImageError(
@@ -122,6 +141,7 @@ extension Image {
         guard let header = chain.layers.pointee.header else { return nil }
         let map = chain.layers.pointee.map
         let file = chain.layers.pointee.file
+        let data = chain.layers.pointee.data
         let guarded = MetadataGuard(
             map: map,
             tableCount: Int(header.l1EntryCount) + Int(header.refcountTableClusterCount) * 8)
@@ -134,7 +154,7 @@ extension Image {
         }
         let sector = try HeaderSector(of: file)
         let commit = Commit(
-            file: file, map: map, allocator: allocator, header: sector,
+            file: file, data: data, map: map, allocator: allocator, header: sector,
             logger: chain.options.logger)
         let writing = Writing(
             file: file, map: map, header: sector, guarded: guarded, allocator: allocator,

@@ -42,6 +42,7 @@ extension ClusterMap {
         for slice in stride(from: first, to: first &+ 1 &<< tableBits, by: 1 &<< Int(sliceBits)) {
             let done = try update(slice, count: 1 &<< Int(sliceBits)) { _, old in
                 guard !old.isCompressed, old.offset != 0 else { return old }
+                if hasDataFile { return old.withCopied(true) }
                 return old.withCopied(isSingle(old.offset &>> clusterBits))
             }
             guard done > 0 else { throw file.corrupt("the cache has no room for an L2 table") }

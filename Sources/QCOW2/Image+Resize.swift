@@ -42,6 +42,7 @@ extension Image {
     private func grow(to new: UInt64, _ writing: Writing) throws(ImageError) {
         let old = size
         try makeL1Table(for: new, writing)
+        try growDataFile(from: old, to: new)
         var offset = old
         while offset < new {
             let end = min(ranges.groupEnd(of: offset), new)
@@ -53,6 +54,7 @@ extension Image {
             try clearGroup(offset..<end, writing)
             offset = end
         }
+        try mapRawDataFile(old..<new, writing)
         try writing.commit.now()
         writing.header.change { $0.storeBigEndian(new, at: HeaderField.size) }
         try writing.commit.now()
@@ -107,6 +109,7 @@ extension Image {
         try dropTables(from: header.l1EntryCountNeeded(for: new), writing)
         try writing.commit.now()
         try writing.commit.cutFile()
+        try cutDataFile(to: new)
     }
 
     /// Drops the clusters of `range` that lie in a table that stays.
@@ -130,7 +133,9 @@ extension Image {
             let entry = map.l1Entry(index)
             guard entry.offset != 0, entry.offset & map.clusterMask == 0 else { continue }
             try map.forEachEntry(ofTable: index) { entry in
-                dropped.append(references: entry, clusterBits: map.clusterBits)
+                if !map.hasDataFile {
+                    dropped.append(references: entry, clusterBits: map.clusterBits)
+                }
                 allocation.note(entry, .zeroPlain, shown: 0, clusterByteCount: clusterByteCount)
             }
             dropped.append(joining: ClusterRun(first: entry.offset &>> map.clusterBits, count: 1))

@@ -46,13 +46,13 @@ extension Image {
         let tableEnd = (guest &>> map.coverageBits &+ 1) &<< map.coverageBits
         let end = min(guest &+ min(extent.byteCount, UInt64(bytes.count)), tableEnd)
         let wanted = Int(truncatingIfNeeded: (end &- 1) &>> map.clusterBits &- first &+ 1)
-        let run = try allocate(wanted, writing)
+        let run = try allocate(forGuest: first, wanted, writing)
         let linkedEnd = min(end, (first &+ run.count) &<< map.clusterBits)
         let part = UnsafeRawBufferPointer(rebasing: bytes[..<Int(linkedEnd &- guest)])
         do throws(ImageError) {
             try writeClusters(part, at: guest, to: run, writing)
         } catch {
-            try writing.allocator.release(run)
+            try release(run, writing)
             throw error
         }
         let bits = map.clusterBits
@@ -67,21 +67,21 @@ extension Image {
     private func writeClusters(
         _ bytes: UnsafeRawBufferPointer, at guest: UInt64, to run: ClusterRun, _ writing: Writing
     ) throws(ImageError) {
-        let file = layers.pointee.file
         let host = run.first &<< map.clusterBits
         let start = guest & ~map.clusterMask
         let head = Int(guest &- start)
-        let tail = Int(run.count &<< map.clusterBits) - head - bytes.count
-        if head + tail == 0 { return try file.write(bytes, at: host) }
+        let hostEnd = top.clusterEnd(at: (run.end &- 1) &<< map.clusterBits, diskEnd: size)
+        let tail = Int(hostEnd &- host) - head - bytes.count
+        if head + tail == 0 { return try top.write(bytes, at: host) }
         let end = guest &+ UInt64(bytes.count)
-        if file.isUntouched(from: host), try readsZeroAround(start, guest, end, UInt64(tail)) {
-            return try file.write(bytes, at: host &+ UInt64(head))
+        if top.isUntouched(from: host), try readsZeroAround(start, guest, end, UInt64(tail)) {
+            return try top.write(bytes, at: host &+ UInt64(head))
         }
         let behind = host &+ UInt64(head + bytes.count)
         if try copyMapped(start, count: head, to: host),
             try copyMapped(end, count: tail, to: behind)
         {
-            return try file.write(bytes, at: host &+ UInt64(head))
+            return try top.write(bytes, at: host &+ UInt64(head))
         }
         try writing.scratch.withBuffer { scratch throws(ImageError) in
             if head + bytes.count + tail <= scratch.count {
@@ -94,10 +94,10 @@ extension Image {
                 try readForCopy(
                     into: UnsafeMutableRawBufferPointer(rebasing: whole[(head + bytes.count)...]),
                     at: end)
-                return try file.write(UnsafeRawBufferPointer(whole), at: host)
+                return try top.write(UnsafeRawBufferPointer(whole), at: host)
             }
             try copy(start, count: head, to: host, through: scratch)
-            try file.write(bytes, at: host &+ UInt64(head))
+            try top.write(bytes, at: host &+ UInt64(head))
             try copy(end, count: tail, to: behind, through: scratch)
         }
     }
@@ -116,7 +116,7 @@ extension Image {
             }
             let byteCount = Int(truncatingIfNeeded: source.extent.byteCount)
             do throws(ImageError) {
-                try layers.pointee.file.write(
+                try top.write(
                     UnsafeRawBufferPointer(start: address, count: byteCount),
                     at: host &+ (offset &- guest))
             } catch {
@@ -137,7 +137,7 @@ extension Image {
             let part = UnsafeMutableRawBufferPointer(
                 rebasing: scratch[..<min(count - done, scratch.count)])
             try readForCopy(into: part, at: guest &+ UInt64(done))
-            try layers.pointee.file.write(UnsafeRawBufferPointer(part), at: host &+ UInt64(done))
+            try top.write(UnsafeRawBufferPointer(part), at: host &+ UInt64(done))
             done += part.count
         }
     }
@@ -183,13 +183,12 @@ extension Image {
         let head = guest & map.clusterMask
         let count = min(UInt64(bytes.count), map.clusterMask &+ 1 &- head)
         let host = extent.host &- head
-        let file = layers.pointee.file
         if writing.isSuspicious(host, map.clusterMask &+ 1) {
             try checkSuspiciousTarget(host, map.clusterMask &+ 1, at: guest, writing)
         }
-        try file.writeZeroes(host..<host &+ head)
-        try file.write(UnsafeRawBufferPointer(rebasing: bytes[..<Int(count)]), at: extent.host)
-        try file.writeZeroes(extent.host &+ count..<host &+ map.clusterMask &+ 1)
+        try top.writeZeroes(host..<host &+ head)
+        try top.write(UnsafeRawBufferPointer(rebasing: bytes[..<Int(count)]), at: extent.host)
+        try top.writeZeroes(extent.host &+ count..<top.clusterEnd(at: host, diskEnd: size))
         try link(guest &>> map.clusterBits, count: 1, writing) { _, _ in
             L2Entry(copiedClusterAt: host)
         }
@@ -276,13 +275,15 @@ extension Image.Writing {
         if isSuspicious(extent.host, UInt64(bytes.count)) {
             try image.checkSuspiciousTarget(extent.host, UInt64(bytes.count), at: guest, self)
         }
-        try file.write(bytes, at: extent.host)
+        try image.layers.pointee.write(bytes, at: extent.host)
     }
 
     /// Whether host bytes may be something else than guest data: metadata, or past the end.
     @inline(__always)
     func isSuspicious(_ host: UInt64, _ byteCount: UInt64) -> Bool {
-        guarded.overlaps(host, byteCount)
+        // A data file has no metadata, and each cluster its own place.
+        if map.hasDataFile { return false }
+        return guarded.overlaps(host, byteCount)
             || (host &+ byteCount &+ map.clusterMask) & ~map.clusterMask
                 > (file.writtenEnd &+ map.clusterMask) & ~map.clusterMask
     }

@@ -133,7 +133,7 @@ public final class Image: Sendable {
     /// Idempotent.  No other method may be running or be called afterwards.
     /// - Throws: what the last writes and syncs said; the files are closed all the same.
     public func close() throws(ImageError) {
-        defer { for index in 0..<layerCount { layers[index].file.device.close() } }
+        defer { for index in 0..<layerCount { layers[index].close() } }
         try finish()
     }
 

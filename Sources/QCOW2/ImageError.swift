@@ -22,6 +22,8 @@ public struct ImageError: Error, Equatable, Sendable, CustomStringConvertible {
         case denied(reference: String, rule: String)
         /// A backing file is missing or unreadable, or the chain loops or is too deep.
         case backing(String)
+        /// The external data file is missing, unreadable or not named.
+        case dataFile(String)
         /// A write to something opened read-only.
         case readOnly
         /// An earlier write or sync failed, and the image takes no writes any more.
@@ -56,7 +58,7 @@ public struct ImageError: Error, Equatable, Sendable, CustomStringConvertible {
         case .denied: EACCES
         case .locked: EBUSY
         case .cancelled: ECANCELED
-        case .notQCOW2, .malformed, .corrupt, .backing: EIO
+        case .notQCOW2, .malformed, .corrupt, .backing, .dataFile: EIO
         }
     }
 
@@ -84,7 +86,7 @@ public struct ImageError: Error, Equatable, Sendable, CustomStringConvertible {
                 + (wanted == .read ? ", which writes to it" : "")
         case .denied(let reference, let rule):
             "names \(reference), which \(rule); allow it with --allow-path DIR or --trust-paths"
-        case .backing(let words): words
+        case .backing(let words), .dataFile(let words): words
         case .readOnly: "opened read-only"
         case .failed(let error):
             "takes no writes any more: an earlier write or sync failed (\(error))"
@@ -99,7 +101,6 @@ public struct ImageError: Error, Equatable, Sendable, CustomStringConvertible {
 public enum Feature: Equatable, Sendable {
     case version(UInt32)
     case extendedL2
-    case externalDataFile
     case encryption(method: UInt32)
     case snapshotAccess
     /// Incompatible feature bits that nobody here knows; names come from the feature name table.
@@ -110,7 +111,6 @@ public enum Feature: Equatable, Sendable {
         switch self {
         case .version(let number): "qcow2 version \(number) is not supported (2 and 3 are)"
         case .extendedL2: "extended L2 entries are not supported"
-        case .externalDataFile: "an external data file is not supported"
         case .encryption(let method):
             "encryption (\(method == 1 ? "AES" : "LUKS")) is not supported"
         case .snapshotAccess: "reading an internal snapshot is not supported"

@@ -4,6 +4,8 @@
 /// them without counting references.
 struct Layer: ~Copyable {
     let file: HostFile
+    /// Where guest data lies: the external data file of a qcow2 image that has one, else `file`.
+    let data: HostFile
     /// Empty for a raw disk.
     let map: ClusterMap
     /// nil for a raw disk.
@@ -13,25 +15,27 @@ struct Layer: ~Copyable {
     let size: UInt64
     /// 0 is the top layer.
     let number: Int
-    /// A mapping of the file for replies, and how many of its bytes are there for sure.
+    /// A mapping of `data` for replies, and how many of its bytes are there for sure.
     let mappedBytes: UnsafeRawBufferPointer?
     private let decompressor: Decompressor?
 
-    init(qcow2 header: Header, in file: HostFile, number: Int, cacheByteCount: Int)
-        throws(ImageError)
-    {
+    init(
+        qcow2 header: Header, in file: HostFile, data: HostFile, number: Int, cacheByteCount: Int
+    ) throws(ImageError) {
         self.file = file
+        self.data = data
         self.header = header
         self.number = number
         isRaw = false
         map = try ClusterMap(header, in: file, cacheByteCount: cacheByteCount)
         size = header.virtualByteCount
-        mappedBytes = file.device.mappedBytes
+        mappedBytes = data.device.mappedBytes
         decompressor = Decompressor(header.compressionType == .zstd ? .zstd : .deflate)
     }
 
     init(raw file: HostFile, number: Int) {
         self.file = file
+        data = file
         self.number = number
         header = nil
         isRaw = true
@@ -48,21 +52,10 @@ struct Layer: ~Copyable {
         return try map.extent(at: guest, limit: limit)
     }
 
-    /// Fills `buffer` from host offset `host` on, with zeros past the end of the file.
-    borrowing func read(
-        into buffer: UnsafeMutableRawBufferPointer, at host: UInt64
-    ) throws(ImageError) {
-        try file.read(into: buffer, at: host)
-    }
-
-    /// The address of host bytes for a reply, nil where they are not mapped, or end before
-    /// `byteCount`.
-    @inline(__always)
-    borrowing func address(of host: UInt64, byteCount: UInt64) -> UnsafeRawPointer? {
-        guard let base = mappedBytes?.baseAddress, let room = mappedBytes?.count,
-            host &+ byteCount <= min(file.writtenEnd, UInt64(room))
-        else { return nil }
-        return base + Int(truncatingIfNeeded: host)
+    /// Closes the files of the layer, which unlocks them.
+    borrowing func close() {
+        file.device.close()
+        if hasDataFile { data.device.close() }
     }
 
     /// Inflates the cluster that `entry`, found for guest offset `guest`, describes, and copies
@@ -116,6 +109,7 @@ struct Layer: ~Copyable {
                     + "is not aligned to the cluster size (\(header.clusterByteCount))")
         }
         let entry = L2Entry(bits: extent.host)
+        if hasDataFile { return file.corrupt("\(place): \(entry.faultWithDataFile)") }
         return file.corrupt(
             "\(place): "
                 + entry.fault(clusterByteCount: header.clusterByteCount, version: header.version))

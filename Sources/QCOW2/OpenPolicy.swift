@@ -1,6 +1,7 @@
 /// Which files besides itself an image may make us open.
 public struct OpenPolicy: Sendable, Equatable {
-    /// Directories, besides the image's own, in which backing files may lie.
+    /// Directories, besides the image's own, in which backing files and data files
+    /// may lie.
     public var allowedDirectories: [String]
     /// Whether any local file may be opened, wherever it lies.
     public var trustsEverything: Bool

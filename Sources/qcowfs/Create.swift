@@ -8,8 +8,9 @@ struct Create: Verb {
         abstract: "Make an empty image.",
         discussion: """
             Options of -o: size, compat (0.10, 1.1, v2, v3), cluster_size, refcount_bits, \
-            lazy_refcounts, compression_type (zlib, zstd), preallocation (off, metadata, falloc, \
-            full), backing_file, backing_fmt.
+            lazy_refcounts, extended_l2, compression_type (zlib, zstd), preallocation (off, \
+            metadata, falloc, full), backing_file, backing_fmt, data_file, data_file_raw. Backing \
+            file and data file are found relative to the image; the data file is made too.
             """)
 
     @Option(name: .shortAndLong, help: "The format; only qcow2.")
@@ -73,6 +74,9 @@ struct Create: Verb {
         case "cluster_size": options.clusterByteCount = try bytes(value, of: name)
         case "refcount_bits": options.refcountBits = try bytes(value, of: name)
         case "lazy_refcounts": options.hasLazyRefcounts = try isOn(value, of: name)
+        case "extended_l2": options.hasExtendedL2 = try isOn(value, of: name)
+        case "data_file": options.dataFile = value
+        case "data_file_raw": options.dataFileIsRaw = try isOn(value, of: name)
         case "compression_type":
             options.compressionType = try choice(
                 value, of: name, ["zlib": .deflate, "deflate": .deflate, "zstd": .zstd])
@@ -98,9 +102,6 @@ struct Create: Verb {
         _ name: String, to value: String, in options: inout CreateOptions
     ) throws {
         switch name {
-        case "extended_l2": options.hasExtendedL2 = try isOn(value, of: name)
-        case "data_file": options.dataFile = value
-        case "data_file_raw": options.dataFileIsRaw = try isOn(value, of: name)
         case "encrypt.format": options.encryptionFormat = value
         case "encryption": options.encryptionFormat = try isOn(value, of: name) ? "aes" : nil
         default:

@@ -47,8 +47,7 @@ enum InfoReport {
             "bitmaps": bitmaps.isEmpty ? nil : .array(bitmaps.map(json)),
             "refcount-bits": .number(UInt64(header.refcountBits)),
             "data-file": header.dataFileName.map(JSON.string),
-            "data-file-raw": features.contains(.externalDataFile)
-                ? .boolean(header.autoclearFeatures.contains(.rawExternalData)) : nil,
+            "data-file-raw": header.hasDataFile ? .boolean(header.hasRawDataFile) : nil,
             "encrypt": header.isEncrypted
                 ? .object([("format", .string(header.encryptionName))]) : nil,
             "corrupt": isVersion3 ? .boolean(features.contains(.corrupt)) : nil,
@@ -175,9 +174,4 @@ extension Header {
     fileprivate var isDirty: Bool { incompatibleFeatures.contains(.dirty) }
     fileprivate var isEncrypted: Bool { encryptionMethod != 0 }
     fileprivate var encryptionName: String { encryptionMethod == 1 ? "aes" : "luks" }
-    fileprivate var dataFileName: String? {
-        guard incompatibleFeatures.contains(.externalDataFile) else { return nil }
-        return extensions.first { $0.type == HeaderExtension.externalDataFile }
-            .map { String(decoding: $0.data, as: UTF8.self) }
-    }
 }

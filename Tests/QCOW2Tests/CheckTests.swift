@@ -112,7 +112,7 @@ struct CheckTests {
 
     @Test("What is not built yet is refused by name")
     func unsupported() throws {
-        for (bit, feature) in [(4, Feature.extendedL2), (2, .externalDataFile)] {
+        for (bit, feature) in [(4, Feature.extendedL2)] {
             var bytes = image()
             bytes.storeBigEndian(1 << UInt64(bit), at: 72)
             let device = try device(bytes)

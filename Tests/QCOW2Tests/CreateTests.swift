@@ -119,9 +119,6 @@ struct CreateTests {
 
     @Test("What is not built yet is refused by name")
     func unsupported() {
-        #expect(refused { $0.hasExtendedL2 = true } == .unsupported(.extendedL2))
-        #expect(refused { $0.dataFile = "x" } == .unsupported(.externalDataFile))
-        #expect(refused { $0.dataFileIsRaw = true } == .unsupported(.externalDataFile))
         #expect(
             refused { $0.encryptionFormat = "luks" } == .unsupported(.encryption(method: 2)))
         #expect(refused { $0.encryptionFormat = "aes" } == .unsupported(.encryption(method: 1)))
@@ -144,6 +141,25 @@ struct CreateTests {
             {
                 $0.version = .v2
                 $0.compressionType = .zstd
+            },
+            {
+                $0.version = .v2
+                $0.hasExtendedL2 = true
+            },
+            {
+                $0.hasExtendedL2 = true
+                $0.clusterByteCount = 8192
+            },
+            {
+                $0.version = .v2
+                $0.dataFile = "data.raw"
+            },
+            { $0.dataFileIsRaw = true }, { $0.dataFile = "" }, { $0.dataFile = "nbd:x" },
+            {
+                $0.dataFile = "data.raw"
+                $0.dataFileIsRaw = true
+                $0.backingFile = "x"
+                $0.backingFormat = "raw"
             },
             { $0.backingFormat = "qcow2" }, { $0.backingFile = "x" },
             {

@@ -226,12 +226,6 @@ struct HeaderValidationTests {
         Refusal(testDescription: "extended L2 entries", feature: .extendedL2) {
             with { $0.incompatibleFeatures = 16 }
         },
-        Refusal(testDescription: "an external data file", feature: .externalDataFile) {
-            with {
-                $0.incompatibleFeatures = 4
-                $0.extensions = [(0x4441_5441, Array("disk.data".utf8))]
-            }
-        },
         Refusal(testDescription: "AES", feature: .encryption(method: 1)) {
             var bytes = image().build()
             bytes.put(UInt32(1), at: 32)

@@ -216,6 +216,65 @@ struct OpenPolicyTests {
         }
     }
 
+    // MARK: External data files
+
+    func resolveData(
+        _ reference: String, policy: OpenPolicy = .imageDirectory, probed: Bool = false,
+        chain: [FileDevice.Identity] = []
+    ) throws(ImageError) -> BackingResolver.Resolved {
+        let resolver = try BackingResolver(policy: policy, imagePath: image)
+        return try resolver.resolveDataFile(
+            reference, from: image, imageWasProbed: probed, chain: chain)
+    }
+
+    @Test("A data file is found beside the image, and only in the image's directory")
+    func dataFileInside() throws {
+        #expect(try resolveData("base.raw").path == "\(place.path)/vm/base.raw")
+        #expect(try resolveData("\(place.path)/vm/sub/deep.raw").format == .raw)
+        let outside = "\(place.path)/elsewhere/secret.raw"
+        let wide = OpenPolicy(allowedDirectories: ["\(place.path)/elsewhere"])
+        #expect(try resolveData(outside, policy: wide).path == outside)
+        #expect(
+            try resolveData(outside, policy: OpenPolicy(trustsEverything: true)).path == outside)
+    }
+
+    @Test(
+        "Trap 18: a data file's name opens nothing outside of the image's directory",
+        arguments: ["/etc/hostname", "../elsewhere/secret.raw", "sub/../../elsewhere/no", "link"])
+    func dataFileOutside(reference: String) throws {
+        symlink("\(place.path)/elsewhere/secret.raw", "\(place.path)/vm/link")
+        do throws(ImageError) {
+            let found = try resolveData(reference)
+            Issue.record("\(found.path) was allowed")
+        } catch {
+            guard case .denied = error.kind else { throw error }
+            #expect(error.description.contains("--allow-path"))
+        }
+    }
+
+    @Test(
+        "A data file with a scheme, without a name, or that is no file is a typed error",
+        arguments: ["json:{}", "nbd://host/x", "file:base.raw", "", "a\0b", "sub", "missing.raw"])
+    func dataFileUnusable(reference: String) {
+        do throws(ImageError) {
+            let found = try resolveData(reference, policy: OpenPolicy(trustsEverything: true))
+            Issue.record("\(found.path) was accepted")
+        } catch {
+            guard case .dataFile(let words) = error.kind else {
+                Issue.record("\(error)")
+                return
+            }
+            #expect(words.contains("data file") && !words.contains("\n"))
+        }
+    }
+
+    @Test("An image is not its own data file, and one that was guessed to be an image has none")
+    func dataFileOfTheChain() throws {
+        let base = try resolveData("base.raw").identity
+        #expect(throws: ImageError.self) { try resolveData("base.raw", chain: [base]) }
+        #expect(throws: ImageError.self) { try resolveData("base.raw", probed: true) }
+    }
+
     @Test("Control characters of a name do not reach the terminal")
     func printableNames() {
         do throws(ImageError) {

@@ -7,23 +7,37 @@ package final class ReferenceImage {
     /// Nil for a raw file.
     private let reader: ReferenceReader?
     private let backing: ReferenceImage?
+    private let data: FileMapping?
 
     /// Opens `path` and, where it names one, its backing file.
     package init(_ path: String, isRaw: Bool = false) throws {
         self.path = path
         mapping = try FileMapping(path)
-        let reader = isRaw ? nil : try ReferenceReader(mapping.bytes, owner: mapping)
+        let folder = path.split(separator: "/", omittingEmptySubsequences: false).dropLast()
+            .joined(separator: "/")
+        func found(_ name: String) -> String { name.hasPrefix("/") ? name : folder + "/" + name }
+        data = isRaw ? nil : try Self.dataFileName(mapping.bytes).map { try FileMapping(found($0)) }
+        let reader =
+            isRaw
+            ? nil : try ReferenceReader(mapping.bytes, dataFile: data?.bytes, owner: mapping)
         self.reader = reader
         guard let name = reader?.backingName else {
             backing = nil
             return
         }
         let format = try reader?.extensions().first { $0.type == 0xe279_2aca }?.data
-        let folder = path.split(separator: "/", omittingEmptySubsequences: false).dropLast()
-            .joined(separator: "/")
         backing = try ReferenceImage(
-            name.hasPrefix("/") ? name : folder + "/" + name,
-            isRaw: format.map { String(decoding: $0, as: UTF8.self) } == "raw")
+            found(name), isRaw: format.map { String(decoding: $0, as: UTF8.self) } == "raw")
+    }
+
+    /// The external data file that the header extension names, where the feature bit is set.
+    private static func dataFileName(_ bytes: UnsafeRawBufferPointer) throws -> String? {
+        guard bytes.number(at: 4, as: UInt32.self) == 3,
+            bytes.number(at: 72, as: UInt64.self) & 4 != 0
+        else { return nil }
+        let nothing = UnsafeRawBufferPointer(start: nil, count: 0)
+        return try ReferenceReader(bytes, dataFile: nothing).extensions()
+            .first { $0.type == 0x4441_5441 }.map { String(decoding: $0.data, as: UTF8.self) }
     }
 
     package var qcow2: ReferenceReader {

@@ -97,8 +97,13 @@ extension ReferenceReader {
             let raw = number(offset + index * 8)
             if raw == 0 || raw == 1 && version == 3 { continue }
             do throws(Fault) {
-                switch try entry(raw) {
+                switch try entry(raw, ofGuestCluster: first + index) {
                 case .unallocated, .zeroPlain: continue
+                case .normal where dataFile != nil, .zeroAllocated where dataFile != nil:
+                    // Nothing counts a data file's clusters, so each is its entry's alone.
+                    if raw & Self.copied == 0 {
+                        audit.fault("I2: guest cluster \(first + index) is not COPIED")
+                    }
                 case .normal(let host), .zeroAllocated(let host):
                     refer(
                         to: host..<host + clusterSize, "\(name) guest cluster \(first + index)",

@@ -15,7 +15,8 @@ extension ReferenceReader {
             let within = position % clusterSize
             let count = min(clusterSize - within, buffer.count - done)
             let part = UnsafeMutableRawBufferPointer(rebasing: buffer[done..<done + count])
-            switch try entry(rawEntry(forGuestCluster: position / clusterSize, in: table)) {
+            let raw = try rawEntry(forGuestCluster: position / clusterSize, in: table)
+            switch try entry(raw, ofGuestCluster: position / clusterSize) {
             case .unallocated:
                 if let backing { try backing(position, part) } else { part.fillZero() }
             case .zeroPlain, .zeroAllocated: part.fillZero()
@@ -42,6 +43,19 @@ extension ReferenceReader {
         return bytes
     }
 
+    /// What the entry of a guest cluster says: in a data file each has its own place.
+    package func entry(_ raw: UInt64, ofGuestCluster cluster: Int) throws(Fault) -> Entry {
+        let entry = try entry(raw)
+        guard dataFile != nil else { return entry }
+        switch entry {
+        case .compressed: throw Fault("guest cluster \(cluster) is compressed, in a data file")
+        case .normal(let host) where host != cluster * clusterSize,
+            .zeroAllocated(let host) where host != cluster * clusterSize:
+            throw Fault("guest cluster \(cluster) lies at \(hex(host)) of the data file")
+        default: return entry
+        }
+    }
+
     /// The L2 entry of a guest cluster; 0 where there is no table.
     package func rawEntry(forGuestCluster cluster: Int, in table: L1Table) throws(Fault) -> UInt64 {
         let index = cluster / entriesPerTable
@@ -58,9 +72,10 @@ extension ReferenceReader {
     }
 
     private func copy(from host: Int, into part: UnsafeMutableRawBufferPointer) {
-        let there = Swift.max(0, Swift.min(part.count, bytes.count - host))
+        let data = dataFile ?? bytes
+        let there = Swift.max(0, Swift.min(part.count, data.count - host))
         if there > 0 {
-            part.copyMemory(from: UnsafeRawBufferPointer(rebasing: bytes[host..<host + there]))
+            part.copyMemory(from: UnsafeRawBufferPointer(rebasing: data[host..<host + there]))
         }
         UnsafeMutableRawBufferPointer(rebasing: part[there...]).fillZero()
     }

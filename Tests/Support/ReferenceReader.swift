@@ -41,6 +41,8 @@ package struct ReferenceReader {
     }
 
     package let bytes: UnsafeRawBufferPointer
+    /// The external data file; nil where guest data lies in `bytes`.
+    package let dataFile: UnsafeRawBufferPointer?
     /// Keeps the bytes alive where they are a file's mapping.
     private let owner: AnyObject?
     package let version: UInt32
@@ -67,7 +69,10 @@ package struct ReferenceReader {
     static let offsetMask: UInt64 = 0x00ff_ffff_ffff_fe00
     static let copied: UInt64 = 1 << 63
 
-    package init(_ bytes: UnsafeRawBufferPointer, owner: AnyObject? = nil) throws(Fault) {
+    package init(
+        _ bytes: UnsafeRawBufferPointer, dataFile: UnsafeRawBufferPointer? = nil,
+        owner: AnyObject? = nil
+    ) throws(Fault) {
         func field<Number: FixedWidthInteger>(_ offset: Int, _: Number.Type) -> Number {
             bytes.number(at: offset, as: Number.self)
         }
@@ -78,6 +83,7 @@ package struct ReferenceReader {
             return offset
         }
         self.bytes = bytes
+        self.dataFile = dataFile
         self.owner = owner
         guard bytes.count >= 72, field(0, UInt32.self) == 0x5146_49fb else {
             throw Fault("no qcow2 magic")
@@ -102,8 +108,11 @@ package struct ReferenceReader {
         headerLength = isNew ? Int(field(100, UInt32.self)) : 72
         compressionType = isNew && headerLength > 104 ? field(104, UInt8.self) : 0
         guard refcountOrder <= 6 else { throw Fault("refcount order \(refcountOrder)") }
-        guard incompatibleFeatures & ~0b1011 == 0 else {
+        guard incompatibleFeatures & ~0b1111 == 0 else {
             throw Fault("incompatible features \(incompatibleFeatures) are not read here")
+        }
+        guard (incompatibleFeatures & 4 != 0) == (dataFile != nil) else {
+            throw Fault("the image and its external data file go together")
         }
         guard active.entryCount <= 4 << 20, refcountTableClusters << clusterBits <= 8 << 20,
             snapshotCount <= 65536
@@ -213,7 +222,9 @@ package struct ReferenceReader {
             guard version == 3 else { throw Fault("L2 entry \(hex(raw)): zero flag in version 2") }
             return offset == 0 ? .zeroPlain : .zeroAllocated(offset)
         }
-        return offset == 0 ? .unallocated : .normal(offset)
+        // COPIED alone is the first cluster of a data file.
+        if offset == 0, raw != Self.copied || dataFile == nil { return .unallocated }
+        return .normal(offset)
     }
 
     private func compressed(_ raw: UInt64) throws(Fault) -> Entry {

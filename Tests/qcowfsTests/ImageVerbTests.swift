@@ -152,7 +152,10 @@ struct ImageVerbTests {
             ["DISK"], ["-b", "base", "DISK"], ["-F", "raw", "DISK", "1M"],
             ["-o", "foo=bar", "DISK", "1M"], ["-o", "size=1M", "DISK", "1M"],
             ["-o", "cluster_size=1000", "DISK", "1M"], ["-o", "compat=0.9", "DISK", "1M"],
-            ["-o", "extended_l2=on", "DISK", "1M"], ["-o", "data_file=x", "DISK", "1M"],
+            ["-o", "extended_l2=on,cluster_size=4k", "DISK", "1M"],
+            ["-o", "data_file_raw=on", "DISK", "1M"],
+            ["-o", "data_file=disk.qcow2", "DISK", "1M"],
+            ["-o", "data_file=x,compat=v2", "DISK", "1M"],
             ["-o", "encrypt.format=luks", "DISK", "1M"], ["-f", "vmdk", "DISK", "1M"],
             ["-b", "none", "-F", "raw", "DISK"], ["-o", "lazy_refcounts=maybe", "DISK", "1M"],
         ])

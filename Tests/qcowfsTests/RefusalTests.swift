@@ -24,14 +24,6 @@ struct RefusalTests {
         }
     }
 
-    @Test("an external data file")
-    func dataFile() throws {
-        try refuses(naming: ["disk.qcow2", "data file"]) { folder, image in
-            try QemuImg.create(
-                image, size: 1.MiB, options: ["data_file=\(folder.file("data"))"])
-        }
-    }
-
     @Test("LUKS encryption")
     func luks() throws {
         try refuses(naming: ["disk.qcow2", "LUKS"]) { _, image in

@@ -4,7 +4,8 @@ package import Logging
 ///
 /// A transaction is what changed since the last one was closed.  Its commit writes, in this order:
 ///
-/// 1. raised counts, and tables nothing refers to yet; a sync (guest data is covered by it);
+/// 1. raised counts, and tables nothing refers to yet; a sync (guest data is covered by it, and
+///    by one of the external data file before it);
 /// 2. the changed parts of tables that exist, and the header; a sync.  Now it is durable;
 /// 3. nothing: in memory the counts of dropped references fall, freed clusters give their space
 ///    back and may be used again.  The lower counts ride with the next commit.
@@ -14,6 +15,8 @@ package import Logging
 /// share the next one.
 package final class Commit: Sendable {
     private let file: HostFile
+    /// The external data file, or `file`.
+    private let data: HostFile
     private let map: ClusterMap
     private let allocator: ClusterAllocator
     private let header: HeaderSector
@@ -33,10 +36,11 @@ package final class Commit: Sendable {
     }
 
     package init(
-        file: HostFile, map: ClusterMap, allocator: ClusterAllocator, header: HeaderSector,
-        logger: Logger
+        file: HostFile, data: HostFile, map: ClusterMap, allocator: ClusterAllocator,
+        header: HeaderSector, logger: Logger
     ) {
         self.file = file
+        self.data = data
         self.map = map
         self.allocator = allocator
         self.header = header
@@ -53,7 +57,8 @@ package final class Commit: Sendable {
         let (open, ended) = state.withLock { ($0.open, $0.ended) }
         if isDirty { return try wait(for: open) }
         // In-place writes are not part of a transaction that closed before they were made.
-        try file.flush()
+        try syncData()
+        try syncFile()
         if ended < open &- 1 { try wait(for: open &- 1) }
     }
 
@@ -165,8 +170,11 @@ package final class Commit: Sendable {
         if let table = transaction.refcounts.movedTable {
             try file.write(table, at: transaction.refcounts.tableOffset)
         }
+        // What entries show in a data file is there before them; and whoever waits for this
+        // transaction may have written in place.
+        try syncData()
         // Nothing new is shown and no count rose: lower counts and entries may share one sync.
-        if transaction.needsFirstSync { try file.flush() }
+        if transaction.needsFirstSync { try syncFile() }
         transaction.isPrepared = true
     }
 
@@ -177,7 +185,28 @@ package final class Commit: Sendable {
             try file.write(piece.bytes, at: piece.offset)
         }
         if let header = transaction.header { try file.write(header, at: 0) }
-        try file.flush()
+        try syncFile()
+    }
+
+    /// Makes guest data in an external data file durable.
+    private func syncData() throws(ImageError) {
+        guard data !== file else { return }
+        do throws(ImageError) {
+            try data.flush()
+        } catch {
+            file.stopWriting()
+            throw error
+        }
+    }
+
+    /// Makes what was written to the image durable.  A failed sync of either file ends all writes.
+    private func syncFile() throws(ImageError) {
+        do throws(ImageError) {
+            try file.flush()
+        } catch {
+            data.stopWriting()
+            throw error
+        }
     }
 
     /// Phase 3: what nothing refers to any more gives its space back, then may be used again.
@@ -203,7 +232,8 @@ package final class Commit: Sendable {
     package func finish() throws(ImageError) {
         // The first commit frees what the last transaction dropped, the second writes that.
         for _ in 0..<3 { try tidy() }
-        try file.flush()
+        try syncData()
+        try syncFile()
     }
 }
 

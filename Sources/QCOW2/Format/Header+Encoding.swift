@@ -1,7 +1,7 @@
 // The bytes of a header: the fixed part, its extensions, the backing file's name.
 
 extension Header {
-    /// Bytes of the fixed part that we write, compression type and padding included.
+    /// Bytes of the known fixed part that we write, compression type and padding included.
     static let writtenByteCountV3: UInt32 = 112
 
     /// The bytes from offset 0 to the end of the backing file's name, or of the extensions.
@@ -20,9 +20,12 @@ extension Header {
         bytes.appendBigEndian(HeaderExtension.end)
         bytes.appendBigEndian(UInt32(0))
         if let backingFile {
+            // A name that nobody changed stays as it is, whatever its bytes are.
+            let isUnchanged = String(decoding: backingFileBytes, as: UTF8.self) == backingFile
+            let name = isUnchanged ? backingFileBytes : Array(backingFile.utf8)
             bytes.storeBigEndian(UInt64(bytes.count), at: 8)
-            bytes.storeBigEndian(UInt32(clamping: backingFile.utf8.count), at: 16)
-            bytes += Array(backingFile.utf8)
+            bytes.storeBigEndian(UInt32(clamping: name.count), at: 16)
+            bytes += name
         }
         guard UInt64(bytes.count) <= clusterByteCount else {
             throw .tooLarge(
@@ -52,9 +55,11 @@ extension Header {
         bytes.appendBigEndian(compatibleFeatures.rawValue)
         bytes.appendBigEndian(autoclearFeatures.rawValue)
         bytes.appendBigEndian(refcountOrder)
-        bytes.appendBigEndian(Header.writtenByteCountV3)
+        bytes.appendBigEndian(
+            Header.writtenByteCountV3 &+ UInt32(truncatingIfNeeded: unknownFields.count))
         bytes.append(compressionType.rawValue)
         bytes.pad(toMultipleOf: 8)
+        bytes += unknownFields
         return bytes
     }
 }

@@ -35,6 +35,10 @@ public struct Header: Sendable, Hashable {
     public var backingFile: String?
     public var extensions: [HeaderExtension] = []
     public var bitmaps: BitmapsExtension?
+    /// What a version 3 header has behind the fields that are known, kept verbatim.
+    public var unknownFields: [UInt8] = []
+    /// The backing file's name as it was parsed: it need not be UTF-8.
+    var backingFileBytes: [UInt8] = []
 
     /// Bytes of a cluster.
     public var clusterByteCount: UInt64 { 1 &<< UInt64(clusterBits) }
@@ -50,6 +54,19 @@ public struct Header: Sendable, Hashable {
     /// The backing format named by its extension, nil without one.
     public var backingFormat: String? {
         extensions.first { $0.type == HeaderExtension.backingFormat }
+            .map { String(decoding: $0.data, as: UTF8.self) }
+    }
+
+    /// Whether guest data lies in an external data file.
+    public var hasDataFile: Bool { incompatibleFeatures.contains(.externalDataFile) }
+    /// Whether that file alone is a raw image of the disk.
+    public var hasRawDataFile: Bool {
+        hasDataFile && autoclearFeatures.contains(.rawExternalData)
+    }
+    /// The name of the external data file as stored; nil without one, or where it is not named.
+    public var dataFileName: String? {
+        guard hasDataFile else { return nil }
+        return extensions.first { $0.type == HeaderExtension.externalDataFile }
             .map { String(decoding: $0.data, as: UTF8.self) }
     }
 
@@ -157,6 +174,8 @@ extension Header {
         guard let type = bytes.bigEndian(at: 104, as: UInt8.self) else {
             throw .truncated("header", needed: UInt64(length), found: UInt64(bytes.count))
         }
+        let end = min(Int(length), bytes.count)
+        unknownFields = Array(bytes[min(Int(Header.writtenByteCountV3), end)..<end])
         guard let known = CompressionType(rawValue: type) else {
             throw .outOfRange(
                 "compression_type", value: UInt64(type), allowed: "0 (deflate), 1 (zstd)")
@@ -183,6 +202,7 @@ extension Header {
         guard end <= bytes.count else {
             throw .truncated("backing file's name", needed: UInt64(end), found: UInt64(bytes.count))
         }
+        backingFileBytes = Array(bytes[start..<end])
         backingFile = end == start ? nil : String(decoding: bytes[start..<end], as: UTF8.self)
     }
 

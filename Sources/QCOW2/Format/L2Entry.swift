@@ -30,6 +30,10 @@ package struct L2Entry: Equatable, Sendable {
     @inline(__always) package var isCopied: Bool { bits & L2Entry.copied != 0 }
     @inline(__always) package var isCompressed: Bool { bits & L2Entry.compressed != 0 }
     @inline(__always) package var hasZeroFlag: Bool { bits & L2Entry.zero != 0 }
+    /// Whether bytes of a host cluster may show; COPIED alone is the first cluster of a data file.
+    @inline(__always) package var showsData: Bool {
+        isCompressed || !hasZeroFlag && bits & (L2Entry.offsetMask | L2Entry.copied) != 0
+    }
     package var reservedBits: UInt64 {
         isCompressed ? 0 : bits & ~(L2Entry.offsetMask | L2Entry.copied | L2Entry.zero)
     }
@@ -96,6 +100,24 @@ extension L2Entry {
             return offset == 0 ? .zeroPlain : .zeroAllocated
         }
         return offset == 0 ? .unallocated : .data
+    }
+
+    /// What the entry of the guest cluster at `guest` means where guest data lies in an external
+    /// data file: every cluster has there the place that it has on the disk, so that even host
+    /// offset 0 is one, which COPIED tells from none.
+    package func kindWithDataFile(at guest: UInt64) -> ClusterKind {
+        if isCompressed { return .corrupt }
+        if offset == 0, hasZeroFlag { return .zeroPlain }
+        if offset == 0, !isCopied { return .unallocated }
+        guard offset == guest else { return .corrupt }
+        return hasZeroFlag ? .zeroAllocated : .data
+    }
+
+    /// Why `kindWithDataFile` is `.corrupt`.
+    package var faultWithDataFile: String {
+        let entry = "L2 entry \(hex(bits))"
+        if isCompressed { return "\(entry) is compressed, which an external data file excludes" }
+        return "\(entry) points to another place of the external data file than its own"
     }
 
     /// Why `kind` is `.corrupt`.

@@ -13,6 +13,8 @@ public enum CheckFinding: Sendable, Equatable {
     case l2TableMisaligned(Owner, index: UInt64, offset: UInt64)
     case l2EntryReserved(entry: UInt64)
     case compressedAndCopied(entry: UInt64)
+    case compressedWithDataFile(entry: UInt64)
+    case snapshotsWithDataFile(count: UInt32)
     case dataMisaligned(entry: UInt64)
     case zeroMisaligned(entry: UInt64)
     case bitmapDirectory(FormatError)
@@ -95,6 +97,10 @@ extension CheckFinding: CustomStringConvertible {
         case .l2EntryReserved(let entry): "L2 entry \(hex(entry)) has reserved bits set"
         case .compressedAndCopied(let entry):
             "L2 entry \(hex(entry)) is compressed and marked COPIED"
+        case .compressedWithDataFile(let entry):
+            "L2 entry \(hex(entry)) is compressed, which an external data file excludes"
+        case .snapshotsWithDataFile(let count):
+            "\(count) snapshots, which an external data file excludes"
         case .dataMisaligned(let entry): "L2 entry \(hex(entry)) points inside a cluster"
         case .zeroMisaligned(let entry):
             "L2 entry \(hex(entry)) reads as zeros and points inside a cluster"

@@ -143,7 +143,12 @@ struct Examination {
                 tally.add(.l2TableCopied(index: index, entry: entry.bits, stored: count))
             }
             for entry in try walk.l2Entries(at: entry.offset)
-            where !entry.isCompressed && entry.offset != 0 {
+            where !entry.isCompressed && (entry.offset != 0 || entry.showsData) {
+                if walk.header.hasDataFile {
+                    // Nothing there has a second reference.
+                    if !entry.isCopied { tally.add(.clusterCopied(entry: entry.bits, stored: 1)) }
+                    continue
+                }
                 guard let count = try stored.count(of: entry.offset >> bits) else { continue }
                 if (count == 1) != entry.isCopied {
                     tally.add(.clusterCopied(entry: entry.bits, stored: count))

@@ -24,8 +24,8 @@ package struct ReferenceWalk {
     private let maximum: UInt64
 
     /// - Parameters:
-    ///   - header: The header of the image on `device`; it has standard L2 entries, no external
-    ///     data file and no encryption.
+    ///   - header: The header of the image on `device`; it has standard L2 entries and no
+    ///     encryption.
     ///   - tableRead: Called for each L2 table.
     package init(
         _ device: any BlockDevice, header: Header, tableRead: @escaping () -> Void = {},
@@ -144,7 +144,7 @@ package struct ReferenceWalk {
     private mutating func count(_ entry: L2Entry, isActive: Bool, expected: inout UInt64?) {
         if entry.isCompressed { return countCompressed(entry, isActive: isActive) }
         if entry.reservedBits != 0 { report(.l2EntryReserved(entry: entry.bits)) }
-        guard entry.offset != 0 else { return }
+        guard entry.offset != 0 || header.hasDataFile && entry.showsData else { return }
         if entry.offset & (clusterByteCount &- 1) != 0 {
             report(
                 entry.hasZeroFlag
@@ -155,11 +155,13 @@ package struct ReferenceWalk {
             if let expected, expected != entry.offset { figures.fragmented += 1 }
             expected = entry.offset &+ clusterByteCount
         }
-        count(entry.offset, clusterByteCount)
+        // A data file's clusters have no counts.
+        if !header.hasDataFile { count(entry.offset, clusterByteCount) }
     }
 
     private mutating func countCompressed(_ entry: L2Entry, isActive: Bool) {
         if entry.isCopied { report(.compressedAndCopied(entry: entry.bits)) }
+        if header.hasDataFile { return report(.compressedWithDataFile(entry: entry.bits)) }
         let stream = CompressedDescriptor(entry, clusterBits: header.clusterBits)
         count(stream.offset, UInt64(stream.byteCount))
         guard isActive else { return }
@@ -202,6 +204,9 @@ package struct ReferenceWalk {
 
     private mutating func countSnapshots() throws(ImageError) {
         let (snapshots, byteCount) = try header.readSnapshots(from: device)
+        if header.hasDataFile, !snapshots.isEmpty {
+            report(.snapshotsWithDataFile(count: header.snapshotCount))
+        }
         for snapshot in snapshots {
             let (id, name) = (snapshot.id, snapshot.name)
             if header.version >= 3 && snapshot.extraData.count < 16 {

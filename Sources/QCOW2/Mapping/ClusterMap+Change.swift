@@ -47,8 +47,9 @@ extension ClusterMap {
             state.marks[slot].insert(.dirty)
             state.dirtySlots.append(slot)
         }
-        if new.isCompressed || !new.hasZeroFlag && new.offset != 0 { state.exposesData = true }
-        if old.isCompressed || old.offset != new.offset {
+        if new.showsData { state.exposesData = true }
+        // Clusters of a data file have no counts.
+        if !hasDataFile, old.isCompressed || old.offset != new.offset {
             state.dropped.append(references: old, clusterBits: clusterBits)
         }
     }

@@ -14,6 +14,8 @@ package final class ClusterMap: Sendable {
     /// Entries of an L2 table, as a power of two.
     package let tableBits: UInt64
     let clusterMask: UInt64
+    /// Whether guest data lies in an external data file, at host offsets that are guest offsets.
+    package let hasDataFile: Bool
     /// Entries of a slice, as a power of two, and slices of a table.
     let sliceBits: UInt64
     let cache: SliceCache
@@ -60,6 +62,7 @@ package final class ClusterMap: Sendable {
         clusterBits = UInt64(header.clusterBits)
         tableBits = clusterBits &- 3
         clusterMask = header.clusterByteCount &- 1
+        hasDataFile = header.hasDataFile
         sliceBits = min(tableBits, 9)
         cache = SliceCache(
             entryBits: Int(sliceBits),
@@ -79,6 +82,7 @@ package final class ClusterMap: Sendable {
         clusterBits = 16
         tableBits = 13
         clusterMask = 0xffff
+        hasDataFile = false
         sliceBits = 9
         cache = SliceCache(entryBits: 0, byteCount: 0)
         state = Monitor(State(marks: []))
@@ -182,8 +186,11 @@ package final class ClusterMap: Sendable {
         tableIsCopied: Bool
     ) -> Extent {
         let entry = L2Entry(bits: entries[index].load(ordering: .relaxed))
-        let kind = entry.kind(clusterMask: clusterMask, version: version)
         let intoCluster = guest & clusterMask
+        let kind =
+            hasDataFile
+            ? entry.kindWithDataFile(at: guest &- intoCluster)
+            : entry.kind(clusterMask: clusterMask, version: version)
         let clusterByteCount = clusterMask &+ 1
         var byteCount = clusterByteCount &- intoCluster
         if kind == .compressed || kind == .corrupt {
@@ -192,12 +199,13 @@ package final class ClusterMap: Sendable {
         var next = index &+ 1
         let end = 1 &<< Int(sliceBits)
         // Entries of a run of data follow each other by a cluster, in every bit; others are alike.
-        let step = kind == .data ? clusterByteCount : 0
+        let step =
+            kind == .data || kind == .zeroAllocated && hasDataFile ? clusterByteCount : 0
         var expected = entry.bits &+ step
         while byteCount < limit, next < end {
             let bits = entries[next].load(ordering: .relaxed)
             if bits != expected {
-                guard kind == .zeroAllocated,
+                guard kind == .zeroAllocated, !hasDataFile,
                     L2Entry(bits: bits).kind(clusterMask: clusterMask, version: version) == kind
                 else { break }
             }

@@ -79,6 +79,30 @@ package final class HostFile: Sendable {
         }
     }
 
+    /// Takes space for `range` where the device can; what it reads stays.
+    package func reserveKeepingBytes(_ range: Range<UInt64>) throws(ImageError) {
+        try checkWritable()
+        do throws(SystemError) {
+            try device.reserve(range)
+            raiseEnd(to: range.upperBound)
+        } catch .notSupported {
+        } catch {
+            throw ImageError(
+                .system(error, operation: "reserving space at offset \(range.lowerBound)"),
+                file: name)
+        }
+    }
+
+    /// Makes `range` read as zeros, and gives its space back where the device can.
+    package func unmap(_ range: Range<UInt64>) throws(ImageError) {
+        try checkWritable()
+        do throws(SystemError) {
+            try device.punchHole(range)
+        } catch {
+            try writeZeroes(range)
+        }
+    }
+
     package func writeZeroes(_ range: Range<UInt64>) throws(ImageError) {
         var offset = range.lowerBound
         while offset < range.upperBound {
