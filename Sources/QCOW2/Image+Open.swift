@@ -70,7 +70,7 @@ extension Image {
     }
 
     /// Makes layers of opened files, the first of them writable if it shall be.
-    private static func open(
+    static func open(
         _ files: [ChainFile], into chain: inout OpenedChain
     ) throws(ImageError) {
         let isWritable = chain.options.access == .readWrite

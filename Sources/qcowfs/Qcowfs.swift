@@ -15,7 +15,7 @@ struct Qcowfs: ParsableCommand {
         subcommands: [
             Mount.self, Umount.self, List.self, Stats.self, Create.self, Info.self, Check.self,
             Repair.self,
-            Convert.self, Compare.self, Measure.self, Discard.self, Read.self,
+            Convert.self, Compare.self, Measure.self, Commit.self, Discard.self, Read.self,
             Write.self,
         ])
 

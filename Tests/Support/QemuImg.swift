@@ -58,6 +58,7 @@ package enum QemuImg {
         package let length: Int
         package let zero: Bool
         package let data: Bool
+        package let depth: Int
     }
 
     package static func map(_ path: String) throws -> [Extent] {
