@@ -19,5 +19,7 @@ package struct L1Entry: Equatable, Sendable {
 
     @inline(__always) package var offset: UInt64 { bits & L1Entry.offsetMask }
     @inline(__always) package var isCopied: Bool { bits & L1Entry.copied != 0 }
+    /// The same entry in a table that is not active, where COPIED has no meaning.
+    package var withoutCopied: L1Entry { L1Entry(bits: bits & ~L1Entry.copied) }
     package var reservedBits: UInt64 { bits & ~(L1Entry.offsetMask | L1Entry.copied) }
 }

@@ -24,6 +24,8 @@ package enum Limits {
     package static let snapshotTableByteCount: UInt64 = 64 << 20
     /// Bytes of a snapshot's extra data (QEMU).
     package static let snapshotExtraByteCount: UInt64 = 1024
+    /// Bytes of the name of a new snapshot: QEMU knows no longer ones apart.
+    package static let newSnapshotNameByteCount = 255
     /// Bitmaps of an image (QEMU).
     package static let bitmapCount: UInt64 = 65535
     /// Bytes of the bitmap directory (QEMU).

@@ -3,8 +3,9 @@ public struct Snapshot: Sendable, Hashable {
     /// Host offset and number of entries of the snapshot's L1 table.
     public var l1Offset: UInt64
     public var l1EntryCount: UInt32
-    public var id: String
-    public var name: String
+    /// Identifier and name as stored: UTF-8 by convention, but nobody says so.
+    public var idBytes: [UInt8]
+    public var nameBytes: [UInt8]
     /// When it was made, since 1970, and the guest's clock then.
     public var seconds: UInt32
     public var nanoseconds: UInt32
@@ -18,10 +19,16 @@ public struct Snapshot: Sendable, Hashable {
     /// The extra data as stored, kept on every rewrite.
     public var extraData: [UInt8]
 
+    public var id: String { String(decoding: idBytes, as: UTF8.self) }
+    public var name: String { String(decoding: nameBytes, as: UTF8.self) }
+
     /// Bytes of the entry with its padding.
     package var byteCount: Int {
-        (40 + extraData.count + id.utf8.count + name.utf8.count + 7) & ~7
+        (Snapshot.fixedByteCount + extraData.count + idBytes.count + nameBytes.count + 7) & ~7
     }
+
+    /// Bytes of an entry before its extra data.
+    static let fixedByteCount = 40
 
     /// Parses `count` entries; `bytes` start at the table and may end before the last padding.
     /// Returns them and the number of bytes they take.
@@ -71,8 +78,7 @@ public struct Snapshot: Sendable, Hashable {
         let icount = extra.bigEndian(at: 16, as: UInt64.self)
         let snapshot = Snapshot(
             l1Offset: l1Offset, l1EntryCount: l1EntryCount,
-            id: String(decoding: bytes[idStart..<nameStart], as: UTF8.self),
-            name: String(decoding: bytes[nameStart..<end], as: UTF8.self),
+            idBytes: Array(bytes[idStart..<nameStart]), nameBytes: Array(bytes[nameStart..<end]),
             seconds: seconds, nanoseconds: nanoseconds, guestClockNanoseconds: clock,
             vmStateByteCount: extra.bigEndian(at: 0, as: UInt64.self) ?? UInt64(stateLength),
             diskByteCount: extra.bigEndian(at: 8, as: UInt64.self),
