@@ -12,6 +12,10 @@ final class AllocationCounter: Sendable {
     /// The first guest cluster that was not counted yet.
     private let reached = Atomic<UInt64>(0)
     private let isDone = Atomic<Bool>(false)
+    /// How often counting began anew.
+    private let round = Atomic<UInt64>(0)
+    /// Whether somebody wants to know.
+    let isWanted = Atomic(false)
 
     /// The count, nil until it is done.
     var counted: UInt64? {
@@ -39,6 +43,16 @@ final class AllocationCounter: Sendable {
         isDone.store(true, ordering: .releasing)
     }
 
+    var currentRound: UInt64 { round.load(ordering: .acquiring) }
+
+    /// Forgets what was counted; every range lock is held.
+    func restart() {
+        round.wrappingAdd(1, ordering: .releasing)
+        isDone.store(false, ordering: .releasing)
+        reached.store(0, ordering: .relaxed)
+        byteCount.store(0, ordering: .relaxed)
+    }
+
     static func byteCount(of entry: L2Entry, _ shown: UInt64, _ clusterByteCount: UInt64) -> Int {
         if entry.showsData || entry.offset != 0 { return Int(clusterByteCount) }
         return entry.hasZeroFlag ? 0 : Int(shown)
@@ -59,6 +73,7 @@ extension Image {
 
     /// Counts the allocated bytes in the background; `close()` ends it.
     public func startCountingAllocation() {
+        allocation.isWanted.store(true, ordering: .relaxed)
         startWorker { image in
             // Readers of the first moments come first.
             if image.waitForClosing(seconds: 0.2) { return }
@@ -72,9 +87,26 @@ extension Image {
 
     private func countAllocation() throws(ImageError) {
         var cluster: UInt64 = 0
+        let round = allocation.currentRound
         let end = (size &+ map.clusterMask) &>> map.clusterBits
-        while cluster < end, !isClosing { cluster = try countSlice(from: cluster, end) }
-        if cluster >= end { allocation.finish() }
+        while !isClosing {
+            // Nobody moves the L1 table meanwhile.
+            let held = ranges.lockShared(cluster &<< map.clusterBits, 1)
+            defer { ranges.unlock(held) }
+            guard allocation.currentRound == round else { return }
+            if cluster >= end { return allocation.finish() }
+            cluster = try countSlice(from: cluster, end)
+        }
+    }
+
+    /// Counts once more, where that was done before the whole disk changed.
+    func countAllocationAgain() {
+        guard allocation.isWanted.load(ordering: .relaxed) else { return }
+        do throws(ImageError) {
+            try countAllocation()
+        } catch {
+            logger.warning("allocated bytes could not be counted: \(error)")
+        }
     }
 
     /// Counts up to the end of a slice, or of a run without tables; returns where it stopped.

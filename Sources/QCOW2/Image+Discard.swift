@@ -144,7 +144,10 @@ extension Image {
     ///
     /// Clusters that read as zeros get space without being written (version 3); what shows through
     /// from a backing file is copied.
-    public func allocate(_ range: Range<UInt64>) throws(ImageError) {
+    /// - Parameter takingSpace: whether the file system reserves space for them.
+    public func allocate(
+        _ range: Range<UInt64>, takingSpace: Bool = true
+    ) throws(ImageError) {
         let writing = try writer()
         try checkRange(range.lowerBound, range.upperBound &- range.lowerBound)
         try begin(writing)
@@ -152,12 +155,14 @@ extension Image {
         while offset < range.upperBound {
             let end = min(ranges.groupEnd(of: offset), range.upperBound)
             try writing.commit.relieve()
-            try allocateGroup(offset..<end, writing)
+            try allocateGroup(offset..<end, takingSpace, writing)
             offset = end
         }
     }
 
-    private func allocateGroup(_ range: Range<UInt64>, _ writing: Writing) throws(ImageError) {
+    private func allocateGroup(
+        _ range: Range<UInt64>, _ takingSpace: Bool, _ writing: Writing
+    ) throws(ImageError) {
         let held = ranges.lockExclusive(range.lowerBound, range.upperBound &- range.lowerBound)
         defer { ranges.unlock(held) }
         var offset = range.lowerBound
@@ -165,7 +170,7 @@ extension Image {
             let cluster = offset..<min(offset &+ map.clusterMask &+ 1, size)
             let extent = try map.extent(at: offset, limit: cluster.upperBound &- offset)
             if extent.kind == .unallocated || extent.kind == .zeroPlain {
-                try allocateCluster(cluster, writing)
+                try allocateCluster(cluster, takingSpace, writing)
             } else if map.hasDataFile {
                 try top.data.reserveKeepingBytes(cluster)
             }
@@ -173,13 +178,20 @@ extension Image {
         }
     }
 
-    private func allocateCluster(_ cluster: Range<UInt64>, _ writing: Writing) throws(ImageError) {
+    private func allocateCluster(
+        _ cluster: Range<UInt64>, _ takingSpace: Bool, _ writing: Writing
+    ) throws(ImageError) {
         guard map.version == 3, try isHole(cluster) else { return try copyUp(cluster, writing) }
         try makeTableWritable(at: cluster.lowerBound, writing)
         let run = try allocate(forGuest: cluster.lowerBound &>> map.clusterBits, 1, writing)
         let host = run.first &<< map.clusterBits
         do throws(ImageError) {
-            try top.reserve(host..<top.clusterEnd(at: host, diskEnd: size))
+            let end = top.clusterEnd(at: host, diskEnd: size)
+            if takingSpace {
+                try top.reserve(host..<end)
+            } else if end > top.data.writtenEnd {
+                try top.data.write([0], at: end &- 1)
+            }
         } catch {
             try release(run, writing)
             throw error

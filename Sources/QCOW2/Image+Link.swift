@@ -15,7 +15,10 @@ extension Image {
         while done < count {
             let base = done
             done += try map.update(cluster &+ UInt64(base), count: count - base) { index, old in
-                let new = change(base + index, old)
+                var new = change(base + index, old)
+                if writing.capture.covers(cluster &+ UInt64(base + index)) {
+                    new = writing.capture.follow(old, new, clusterBits: map.clusterBits)
+                }
                 if allocation.covers(cluster &+ UInt64(base + index)) {
                     allocation.note(
                         old, new, shown: shown.isEmpty ? 0 : shown[base + index],
@@ -91,6 +94,10 @@ extension Image {
         }
         writing.guarded.addTable(run.first)
         map.replaceTable(index, by: offset, clearingCopied: isShared)
+        if writing.capture.covers(table: index) {
+            writing.capture.followTable(
+                old.offset == 0 ? nil : old.offset &>> map.clusterBits, run.first)
+        }
         writing.checkedTables.withLock { _ = $0.insert(offset) }
     }
 

@@ -8,6 +8,8 @@ struct OpenedChain: ~Copyable {
     var writing: Image.Writing?
     let options: OpenOptions
     var isTaken = false
+    /// Whether the files are closed with the layers.
+    var ownsFiles = true
 
     init(capacity: Int, options: OpenOptions) {
         layers = .allocate(capacity: capacity)
@@ -16,7 +18,7 @@ struct OpenedChain: ~Copyable {
 
     deinit {
         guard !isTaken else { return }
-        for index in 0..<layerCount { layers[index].close() }
+        if ownsFiles { for index in 0..<layerCount { layers[index].close() } }
         layers.deinitialize(count: layerCount)
         layers.deallocate()
     }

@@ -6,9 +6,37 @@ extension Image {
     /// - Parameters:
     ///   - byteCount: a multiple of 512.
     ///   - shrinking: whether it may become smaller: what lies behind is lost.
+    ///   - preallocation: what is allocated of the new bytes.
     /// - Throws: `.invalidArgument` for a size that cannot be.
-    public func resize(to byteCount: UInt64, shrinking: Bool = false) throws(ImageError) {
+    public func resize(
+        to byteCount: UInt64, shrinking: Bool = false,
+        preallocation: CreateOptions.Preallocation = .off
+    ) throws(ImageError) {
         let writing = try writer()
+        try checkSize(byteCount)
+        try begin(writing)
+        let old = try writing.structure.withLock { _ throws(ImageError) in
+            let old = size
+            if header.version == 2, byteCount != old, try !snapshots().isEmpty {
+                throw refusal("a version 2 image with snapshots cannot change its size")
+            }
+            if byteCount > old { try grow(to: byteCount, writing) }
+            if byteCount < old {
+                guard shrinking else {
+                    throw refusal("the disk would shrink and lose what lies behind \(byteCount)")
+                }
+                guard preallocation == .off else {
+                    throw refusal("a disk that shrinks has nothing to preallocate")
+                }
+                try shrink(to: byteCount, writing)
+                countAllocationAgain()
+            }
+            return old
+        }
+        if byteCount > old { try preallocate(old..<byteCount, preallocation) }
+    }
+
+    private func checkSize(_ byteCount: UInt64) throws(ImageError) {
         guard byteCount % 512 == 0 else {
             throw refusal("a disk's size is a multiple of 512, \(byteCount) is not")
         }
@@ -19,19 +47,26 @@ extension Image {
                 "\(byteCount) bytes are too many for clusters of \(clusterByteCount) bytes"
             )
         }
-        if header.version == 2, header.snapshotCount > 0, byteCount != size {
-            throw refusal("a version 2 image with snapshots cannot change its size")
-        }
-        try begin(writing)
-        try writing.structure.withLock { _ throws(ImageError) in
-            if byteCount > size { try grow(to: byteCount, writing) }
-            if byteCount < size {
-                guard shrinking else {
-                    throw refusal("the disk would shrink and lose what lies behind \(byteCount)")
-                }
-                try shrink(to: byteCount, writing)
+    }
+
+    /// Gives new bytes their clusters: only in the tables, with space, or with zeros written.
+    private func preallocate(
+        _ range: Range<UInt64>, _ preallocation: CreateOptions.Preallocation
+    ) throws(ImageError) {
+        switch preallocation {
+        case .off: return
+        case .metadata: try allocate(range, takingSpace: false)
+        case .falloc: try allocate(range)
+        case .full:
+            var offset = range.lowerBound
+            while offset < range.upperBound {
+                let count = min(range.upperBound &- offset, UInt64(ZeroArea.byteCount))
+                try write(
+                    UnsafeRawBufferPointer(start: zeroes, count: Int(count)), at: offset)
+                offset &+= count
             }
         }
+        try flush()
     }
 
     private func refusal(_ words: String) -> ImageError {
@@ -105,8 +140,11 @@ extension Image {
         writing.header.change { $0.storeBigEndian(new, at: HeaderField.size) }
         try writing.commit.now()
         currentSize.store(new, ordering: .releasing)
-        try dropClusters((new &+ map.clusterMask) & ~map.clusterMask..<max(old, new), writing)
+        let end = (new &+ map.clusterMask) & ~map.clusterMask
+        allocation.restart()
+        try dropClusters(end..<max(old, end), writing)
         try dropTables(from: header.l1EntryCountNeeded(for: new), writing)
+        try clearTail(new..<end, writing)
         try writing.commit.now()
         try writing.commit.cutFile()
         try cutDataFile(to: new)
@@ -119,27 +157,35 @@ extension Image {
         while offset < min(range.upperBound, tableEnd) {
             let extent = try map.extent(
                 at: offset, limit: min(range.upperBound, tableEnd) &- offset)
-            if extent.kind != .unallocated {
+            // What a bad entry means belongs to nobody.
+            if extent.kind != .unallocated, extent.kind != .corrupt {
                 try change(offset..<offset &+ extent.byteCount, writing) { _, _ in .unallocated }
             }
             offset &+= extent.byteCount
+            try writing.commit.relieve()
         }
     }
 
-    /// Drops whole tables with everything in them.
-    private func dropTables(from first: UInt64, _ writing: Writing) throws(ImageError) {
-        var dropped: [ClusterRun] = []
-        for index in Int(first)..<max(Int(first), map.l1EntryCount) {
-            let entry = map.l1Entry(index)
-            guard entry.offset != 0, entry.offset & map.clusterMask == 0 else { continue }
-            try map.forEachEntry(ofTable: index) { entry in
-                if !map.hasDataFile {
-                    dropped.append(references: entry, clusterBits: map.clusterBits)
-                }
-                allocation.note(entry, .zeroPlain, shown: 0, clusterByteCount: clusterByteCount)
-            }
-            dropped.append(joining: ClusterRun(first: entry.offset &>> map.clusterBits, count: 1))
+    /// Drops whole tables with everything in them.  Every range lock is held.
+    func dropTables(from first: UInt64, _ writing: Writing) throws(ImageError) {
+        // Afterwards the file has the tables as they are.
+        try writing.commit.now()
+        let tables = map.l1Entries().dropFirst(Int(clamping: first)).map(\.withoutCopied)
+        guard tables.contains(where: { $0.offset != 0 }) else { return }
+        map.removeTables(from: Int(first), dropping: [])
+        try writing.commit.now()
+        try drop(TableTree(tables, in: top.file, header: header), writing)
+    }
+
+    /// Zeroes what lies behind the disk in its last cluster, for programs that show it when they
+    /// make the disk larger; growing here does so anyway.
+    private func clearTail(_ tail: Range<UInt64>, _ writing: Writing) throws(ImageError) {
+        // An external data file is cut there.
+        guard !tail.isEmpty, !map.hasDataFile, try !isHole(tail) else { return }
+        do throws(ImageError) {
+            try writeZeroBytes(tail, writing)
+        } catch  where error.isNoSpace {
+            return
         }
-        map.removeTables(from: Int(first), dropping: dropped)
     }
 }

@@ -34,6 +34,13 @@ public final class Image: Sendable {
     let writing: Writing?
     let allocation: AllocationCounter
     let logger: Logger
+    /// The internal snapshots, once somebody asked for them.
+    let snapshotList = Monitor<SnapshotList?>(nil)
+    /// The image whose snapshot this one shows, and where the snapshot's L1 table lies.
+    private let parent: Image?
+    private let viewedL1Offset: UInt64
+    /// Whether the image whose snapshot this one shows is closed with it.
+    let closesParent = Atomic(false)
     private let closing = Monitor(Closing())
 
     private struct Closing {
@@ -56,6 +63,7 @@ public final class Image: Sendable {
         /// Whether what must precede the first write was done.
         let hasBegun = Atomic(false)
         let scratch = ScratchPool()
+        let capture = SnapshotCapture()
 
         init(
             file: HostFile, map: ClusterMap, header: HeaderSector, guarded: MetadataGuard,
@@ -71,7 +79,14 @@ public final class Image: Sendable {
         }
     }
 
-    init(_ chain: consuming OpenedChain) {
+    /// - Parameters:
+    ///   - viewedL1Offset: where the L1 table of the snapshot lies that the image shows.
+    ///   - parent: the image that has the snapshot, and the files.
+    init(
+        _ chain: consuming OpenedChain, viewing viewedL1Offset: UInt64 = 0, of parent: Image? = nil
+    ) {
+        self.parent = parent
+        self.viewedL1Offset = viewedL1Offset
         layers = chain.layers
         layerCount = chain.layerCount
         chain.isTaken = true
@@ -92,6 +107,7 @@ public final class Image: Sendable {
     }
 
     deinit {
+        if !isClosing { parent?.endView(of: viewedL1Offset) }
         layers.deinitialize(count: layerCount)
         layers.deallocate()
     }
@@ -151,6 +167,12 @@ public final class Image: Sendable {
         ranges.lockEverything()
         defer { ranges.unlockEverything() }
         if writing.hasBegun.load(ordering: .acquiring) { try writing.commit.finish() }
+    }
+
+    /// The files are the parent's.
+    private func close(viewOf parent: Image) throws(ImageError) {
+        parent.endView(of: viewedL1Offset)
+        if closesParent.load(ordering: .relaxed) { try parent.close() }
     }
 
     /// Starts a thread that commits what is dirty every `interval`, so that a killed process loses

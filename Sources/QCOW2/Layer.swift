@@ -33,6 +33,30 @@ struct Layer: ~Copyable {
         decompressor = Decompressor(header.compressionType == .zstd ? .zstd : .deflate)
     }
 
+    /// A snapshot of `other`: `header` says where its L1 table lies.
+    init(viewing header: Header, of other: borrowing Layer, cacheByteCount: Int)
+        throws(ImageError)
+    {
+        try self.init(
+            qcow2: header, in: other.file, data: other.data, number: other.number,
+            cacheByteCount: cacheByteCount)
+    }
+
+    /// The same layer once more, for another image over it; it is read only.
+    init(sharing other: borrowing Layer) {
+        file = other.file
+        data = other.data
+        map = other.map
+        header = other.header
+        isRaw = other.isRaw
+        size = other.size
+        number = other.number
+        mappedBytes = other.mappedBytes
+        decompressor = other.header.map {
+            Decompressor($0.compressionType == .zstd ? .zstd : .deflate)
+        }
+    }
+
     init(raw file: HostFile, number: Int) {
         self.file = file
         data = file

@@ -5,10 +5,8 @@ enum FixedTables {
     static func find(in file: HostFile, header: Header) throws(ImageError) -> [ClusterRun] {
         var runs: [ClusterRun] = []
         func add(_ offset: UInt64, _ byteCount: UInt64) {
-            guard byteCount > 0 else { return }
-            let bits = UInt64(header.clusterBits)
-            let end = (offset &+ byteCount &- 1) &>> bits &+ 1  // both below 2^57
-            runs.append(ClusterRun(first: offset &>> bits, count: end &- offset &>> bits))
+            let run = clusters(of: offset, byteCount, clusterBits: UInt64(header.clusterBits))
+            if let run { runs.append(run) }
         }
         let (snapshots, byteCount) = try header.readSnapshots(from: file.device)
         add(header.snapshotsOffset, UInt64(byteCount))
@@ -20,5 +18,15 @@ enum FixedTables {
             }
         }
         return runs
+    }
+
+    /// The clusters of a table of `byteCount` bytes at `offset`, both below 2^57; nil without any.
+    static func clusters(
+        of offset: UInt64, _ byteCount: UInt64, clusterBits: UInt64
+    ) -> ClusterRun? {
+        guard byteCount > 0 else { return nil }
+        let end = (offset &+ byteCount &- 1) &>> clusterBits &+ 1
+        let first = offset &>> clusterBits
+        return ClusterRun(first: first, count: end &- first)
     }
 }

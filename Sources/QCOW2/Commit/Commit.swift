@@ -67,6 +67,23 @@ package final class Commit: Sendable {
         try wait(for: state.withLock { $0.open })
     }
 
+    /// Runs `body` while no commit runs: what it changes falls into one transaction, and no dropped
+    /// reference is taken back meanwhile.  `body` must not ask for a commit.
+    package func excluding<Result>(
+        _ body: () throws(ImageError) -> Result
+    ) throws(ImageError) -> Result {
+        _ = state.waitFor { state -> Bool? in
+            if state.isRunning { return nil }
+            state.isRunning = true
+            return true
+        }
+        defer {
+            state.withLock { $0.isRunning = false }
+            state.announceChange()
+        }
+        return try body()
+    }
+
     /// Lets writers wait while more is dirty than memory should hold.
     package func relieve() throws(ImageError) {
         if map.isOverfull { try now() }

@@ -56,6 +56,8 @@ package enum HeaderField {
     package static let l1Offset = 40
     package static let refcountTableOffset = 48
     package static let refcountTableClusterCount = 56
+    package static let snapshotCount = 60
+    package static let snapshotsOffset = 64
     package static let incompatibleFeatures = 72
     package static let autoclearFeatures = 88
 }

@@ -1,0 +1,177 @@
+internal import Logging
+
+/// What every change of the snapshots needs.
+extension Image {
+    /// Runs `body` alone among everything that changes the image's structure.
+    func changeSnapshots<Result>(
+        _ body: (Writing) throws(ImageError) -> Result
+    ) throws(ImageError) -> Result {
+        let writing = try writer()
+        guard !header.incompatibleFeatures.contains(.externalDataFile) else {
+            throw ImageError(
+                .invalidArgument("an image with an external data file has no internal snapshots"),
+                file: top.file.name)
+        }
+        try begin(writing)
+        return try writing.structure.withLock { _ throws(ImageError) in try body(writing) }
+    }
+
+    /// Takes clusters for a table of `byteCount` bytes; nil where it has none.
+    func takeRoom(_ byteCount: Int, _ writing: Writing) throws(ImageError) -> ClusterRun? {
+        guard byteCount > 0 else { return nil }
+        let count = (UInt64(byteCount) &+ map.clusterMask) &>> map.clusterBits
+        let run = try allocate(Int(count), exactly: true, writing)
+        writing.guarded.add(run)
+        return run
+    }
+
+    /// Gives back clusters that nothing refers to.
+    func giveBack(_ run: ClusterRun?, _ writing: Writing) throws(ImageError) {
+        guard let run else { return }
+        writing.guarded.remove(run)
+        try writing.allocator.release(run)
+    }
+
+    // MARK: The snapshot table
+
+    /// Writes a table of `snapshots` to `room`, to which nothing refers yet.
+    func writeTable(
+        of snapshots: [Snapshot], to room: ClusterRun?, _ writing: Writing
+    ) throws(ImageError) {
+        guard let room else { return }
+        let bytes = Snapshot.encodeTable(snapshots)
+        let offset = room.first &<< map.clusterBits
+        try writing.file.write(bytes, at: offset)
+        // The rest of the cluster is zeros, so that nothing old is taken for an entry.
+        try writing.file.writeZeroes(
+            offset &+ UInt64(bytes.count)..<offset &+ room.count &<< map.clusterBits)
+    }
+
+    /// Makes the table at `room`, which is durable, the image's, and returns when that is durable.
+    func switchTable(
+        to snapshots: [Snapshot], at room: ClusterRun?, _ writing: Writing
+    ) throws(ImageError) {
+        let offset = (room?.first ?? 0) &<< map.clusterBits
+        let old = try withSnapshotList { list throws(ImageError) -> ClusterRun? in
+            let old = FixedTables.clusters(
+                of: list.tableOffset, UInt64(list.snapshots.tableByteCount),
+                clusterBits: map.clusterBits)
+            list.snapshots = snapshots
+            list.tableOffset = offset
+            return old
+        }
+        try writing.commit.excluding { () throws(ImageError) in
+            writing.header.change {
+                $0.storeBigEndian(UInt32(snapshots.count), at: HeaderField.snapshotCount)
+                $0.storeBigEndian(offset, at: HeaderField.snapshotsOffset)
+            }
+            if let old {
+                writing.guarded.remove(old)
+                map.drop([old])
+            }
+        }
+        try writing.commit.now()
+    }
+
+    /// Throws where a table of `snapshots` would be more than anybody reads.
+    func checkTable(of snapshots: [Snapshot]) throws(ImageError) {
+        guard UInt64(snapshots.count) <= Limits.snapshotCount,
+            UInt64(snapshots.tableByteCount) <= Limits.snapshotTableByteCount
+        else {
+            throw ImageError(
+                .invalidArgument(
+                    "the snapshot table is full: \(Limits.snapshotCount) snapshots, or "
+                        + "\(Limits.snapshotTableByteCount) bytes of them"), file: top.file.name)
+        }
+    }
+
+    // MARK: Trees
+
+    /// Drops every reference of a tree that nothing leads to any more, some at a time.
+    func drop(_ tree: TableTree, _ writing: Writing) throws(ImageError) {
+        try tree.forEachReference(.ignored) { runs throws(ImageError) in
+            map.drop(runs)
+            try writing.commit.relieve()
+        }
+    }
+
+    /// Sets COPIED in the active tables where, and only where, the target has one reference.
+    ///
+    /// Clients may go on meanwhile: counts fall only where their references go, and rise for
+    /// snapshots only.
+    func restoreCopied(_ writing: Writing) throws(ImageError) {
+        // Lower counts come first: a flag must never be durable before them.
+        for _ in 0..<2 { try writing.commit.tidy() }
+        var index = map.nextTable(from: 0)
+        while index < map.l1EntryCount {
+            try restoreCopied(ofTable: index, writing)
+            index = map.nextTable(from: index + 1)
+        }
+        try writing.commit.tidy()
+    }
+
+    private func restoreCopied(ofTable index: Int, _ writing: Writing) throws(ImageError) {
+        let table = map.l1Entry(index)
+        guard try isAlone(table, writing) else { return }
+        let first = UInt64(index) &* map.tableClusterCount
+        var cluster = first
+        while cluster < first &+ map.tableClusterCount {
+            if try restoreCopied(ofSliceAt: cluster, writing) {
+                cluster &+= map.sliceClusterCount
+                if map.isHalfFull { try writing.commit.now() }
+            } else {
+                try writing.commit.now()
+            }
+        }
+        // Whoever replaces the table by a copy has not begun, or has ended.
+        try writing.tables.withLock { _ throws(ImageError) in
+            guard map.l1Entry(index).offset == table.offset, try isAlone(table, writing) else {
+                return
+            }
+            map.setCopied(true, ofTable: index)
+        }
+    }
+
+    private func isAlone(_ table: L1Entry, _ writing: Writing) throws(ImageError) -> Bool {
+        guard table.offset & map.clusterMask == 0 else { return false }
+        return try writing.allocator.count(of: table.offset &>> map.clusterBits) == 1
+    }
+
+    /// False where the cache has no room before the next commit.
+    private func restoreCopied(
+        ofSliceAt cluster: UInt64, _ writing: Writing
+    ) throws(ImageError) -> Bool {
+        guard let entries = try map.entries(ofSliceAt: cluster) else { return false }
+        let targets = entries.indices.filter {
+            !entries[$0].isCompressed && entries[$0].offset != 0
+                && entries[$0].offset & map.clusterMask == 0
+        }
+        let bits = map.clusterBits
+        let isSingle = try writing.allocator.haveOneReference(
+            targets.map { entries[$0].offset &>> bits })
+        var wanted = entries
+        for (target, isSingle) in zip(targets, isSingle) {
+            wanted[target] = entries[target].withCopied(isSingle)
+        }
+        if wanted == entries { return true }
+        let done = try map.update(cluster, count: entries.count) { index, old in
+            // What a client has changed in between is as it should be.
+            old == entries[index] ? wanted[index] : old
+        }
+        return done == entries.count
+    }
+}
+
+extension Image.Writing {
+    /// Sets or clears the dirty bit (version 3), durably: after a crash in between, counts that are
+    /// too high are put right by whoever opens the image.
+    func markDirty(_ isDirty: Bool, _ atOpen: Header) throws(ImageError) {
+        guard atOpen.version == 3 else { return }
+        let other = atOpen.incompatibleFeatures.subtracting(.dirty)
+        let features = isDirty ? other.union(.dirty) : other
+        header.change {
+            $0.storeBigEndian(features.rawValue, at: HeaderField.incompatibleFeatures)
+        }
+        try commit.now()
+    }
+}
