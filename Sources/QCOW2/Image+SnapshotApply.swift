@@ -15,7 +15,7 @@ extension Image {
             var entries = try TableTree.l1Entries(
                 of: snapshot, in: top.file, header: header,
                 limit: header.l1EntryCountNeeded(for: byteCount & ~511))
-            // The table never gets shorter: nobody who looks an offset up has to ask how long it is.
+            // The table never gets shorter: a request under way may ask for an old offset.
             entries += repeatElement(
                 L1Entry(bits: 0), count: max(neededEntryCount(byteCount) - entries.count, 0))
             try apply(entries, byteCount: byteCount, writing)

@@ -23,7 +23,7 @@ enum InfoReport {
         ])
     }
 
-    private static func json(_ snapshot: Snapshot) -> JSON {
+    static func json(_ snapshot: Snapshot) -> JSON {
         .members([
             "id": .string(snapshot.id),
             "name": .string(snapshot.name),
@@ -98,7 +98,7 @@ extension InfoReport {
         return [line] + [format].compactMap { $0 }
     }
 
-    private static func snapshotLines(_ snapshots: [Snapshot]) -> [String] {
+    static func snapshotLines(_ snapshots: [Snapshot]) -> [String] {
         guard !snapshots.isEmpty else { return [] }
         return [
             "Snapshot list:",

@@ -14,7 +14,7 @@ struct Qcowfs: ParsableCommand {
         version: "0.1.0",
         subcommands: [
             Mount.self, Umount.self, List.self, Stats.self, Create.self, Info.self, Check.self,
-            Repair.self,
+            Repair.self, Snapshots.self,
             Convert.self, Compare.self, Measure.self, Commit.self, Discard.self, Read.self,
             Write.self,
         ])

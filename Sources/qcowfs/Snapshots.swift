@@ -1,0 +1,86 @@
+internal import ArgumentParser
+internal import QCOW2
+
+/// `qcowfs snapshot`: lists, makes, applies and deletes internal snapshots.
+struct Snapshots: Verb {
+    static let configuration = CommandConfiguration(
+        commandName: "snapshot",
+        abstract: "List, make, apply or delete the internal snapshots of an image.",
+        discussion: """
+            SNAPSHOT is an identifier or a name.  Without -c, -a or -d the snapshots are listed.  \
+            On an image that is mounted its daemon does the work.
+            """)
+
+    @Flag(name: .shortAndLong, help: "List the snapshots.")
+    var list = false
+
+    @Option(
+        name: .shortAndLong,
+        help: ArgumentHelp("Keep the disk as it is now under this name.", valueName: "name"))
+    var create: String?
+
+    @Option(
+        name: .shortAndLong,
+        help: ArgumentHelp("Make the disk what it was then.", valueName: "snapshot"))
+    var apply: String?
+
+    @Option(
+        name: .shortAndLong, help: ArgumentHelp("Delete a snapshot.", valueName: "snapshot"))
+    var delete: String?
+
+    @Flag(name: .shortAndLong, help: "Nothing is printed but the list; for habit's sake.")
+    var quiet = false
+
+    @Flag(
+        name: [.customShort("U"), .customLong("force-share")],
+        help: "List the snapshots of an image that another program writes.")
+    var isShared = false
+
+    @OptionGroup var output: OutputOptions
+
+    @OptionGroup var policy: PolicyOptions
+
+    @Argument(help: "The image.")
+    var image: String
+
+    func validate() throws {
+        let count = [list, create != nil, apply != nil, delete != nil].count { $0 }
+        guard count <= 1 else {
+            throw ValidationError("only one of -l, -c, -a and -d can be done at once")
+        }
+    }
+
+    func perform() throws -> Int32 {
+        if let create {
+            try change { image throws(ImageError) in try image.createSnapshot(create) }
+        } else if let apply {
+            try change { image throws(ImageError) in try image.applySnapshot(apply) }
+        } else if let delete {
+            try change { image throws(ImageError) in try image.deleteSnapshot(delete) }
+        } else {
+            show(try ImageInfo(path: image, locking: isShared ? .forceShare : .required).snapshots)
+        }
+        return 0
+    }
+
+    private func change(_ body: (Image) throws(ImageError) -> Void) throws(ImageError) {
+        let opened = try Image.open(image, options: OpenOptions(policy: policy.policy))
+        do throws(ImageError) {
+            try body(opened)
+        } catch {
+            // What went wrong first is what matters.
+            do throws(ImageError) { try opened.close() } catch {}
+            throw error
+        }
+        try opened.close()
+    }
+
+    private func show(_ snapshots: [Snapshot]) {
+        switch output.form {
+        case .json: print(JSON.array(snapshots.map(InfoReport.json)).text)
+        case .human:
+            let lines = InfoReport.snapshotLines(snapshots)
+            if !lines.isEmpty { print(lines.joined(separator: "\n")) }
+        }
+    }
+}
