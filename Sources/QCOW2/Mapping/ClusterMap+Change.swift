@@ -131,31 +131,6 @@ extension ClusterMap {
         }
     }
 
-    /// Calls `body` with every entry of a table, as it is now.  Every range lock is held.
-    package func forEachEntry(
-        ofTable index: Int, _ body: (L2Entry) -> Void
-    ) throws(ImageError) {
-        let first = UInt64(index) &<< tableBits
-        for position in 0..<UInt64(1) &<< tableBits {
-            body(try entry(of: first &+ position))
-        }
-    }
-
-    /// The entry of a guest cluster (an index) whose table exists.
-    private func entry(of cluster: UInt64) throws(ImageError) -> L2Entry {
-        while true {
-            guard try ensure(cluster &>> sliceBits) else {
-                throw file.corrupt("no room for an L2 table in the cache")
-            }
-            let found = state.withLock { _ -> L2Entry? in
-                guard let (slot, _) = cache.find(cluster &>> sliceBits) else { return nil }
-                return cache.entry(
-                    in: slot, at: Int(truncatingIfNeeded: cluster & (1 &<< sliceBits &- 1)))
-            }
-            if let found { return found }
-        }
-    }
-
     private func copyL1Entries(to entries: borrowing AtomicArray) {
         for index in 0..<min(entries.count, l1EntryCount) {
             entries[index].store(l1Entry(index).bits, ordering: .relaxed)
