@@ -10,7 +10,12 @@ enum FixedTables {
         }
         let (snapshots, byteCount) = try header.readSnapshots(from: file.device)
         add(header.snapshotsOffset, UInt64(byteCount))
-        for snapshot in snapshots { add(snapshot.l1Offset, UInt64(snapshot.l1EntryCount) &* 8) }
+        for snapshot in snapshots {
+            do throws(FormatError) {
+                try snapshot.check(clusterByteCount: header.clusterByteCount)
+            } catch { throw ImageError(.malformed(error), file: file.name) }
+            add(snapshot.l1Offset, UInt64(snapshot.l1EntryCount) &* 8)
+        }
         if header.autoclearFeatures.contains(.bitmaps), let bitmaps = header.bitmaps {
             add(bitmaps.directoryOffset, bitmaps.directoryByteCount)
             for bitmap in try header.readBitmaps(from: file.device) {
