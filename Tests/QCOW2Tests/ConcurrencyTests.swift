@@ -75,7 +75,7 @@ struct ConcurrencyTests {
         }
     }
 
-    @Test("Two writers of one unallocated cluster both keep their bytes")
+    @Test("Trap 58: two writers of one unallocated cluster both keep their bytes")
     func sharedCluster() throws {
         for seed in 0..<30 as Range<UInt64> {
             let builder = ImageBuilder(byteCount: 1.MiB)

@@ -80,7 +80,7 @@ struct FaultTests {
         }
     }
 
-    @Test("After a failed sync the image takes no writes, and every later flush fails")
+    @Test("Trap 73: after a failed sync the image takes no writes, and every later flush fails")
     func failedSyncIsFinal() throws {
         let device = RecordingDevice(Self.builder().build(), yielding: false)
         let image = try Image.open(device)

@@ -311,19 +311,21 @@ struct HeaderValidationTests {
         }
     }
 
-    @Test("the refusal of an unknown feature gives its name and the bits without one")
+    @Test("Trap 4: an unknown incompatible bit is refused, by the name that the image gives it")
     func namesFeatures() {
         var builder = Self.image()
-        builder.incompatibleFeatures = 1 << 17 | 1 << 40
+        builder.incompatibleFeatures = 1 << 5 | 1 << 63
         let name = Array("time travel".utf8)
         builder.extensions = [
-            (0x6803_f857, [0, 17] + name + [UInt8](repeating: 0, count: 46 - name.count))
+            (0x6803_f857, [0, 5] + name + [UInt8](repeating: 0, count: 46 - name.count))
         ]
-        #expect {
-            try Image.open(bytes: builder.build())
-        } throws: { error in
-            let words = "\(error)"
-            return words.contains("time travel") && words.contains("10000000000")
+        for access in [OpenOptions.Access.readOnly, .readWrite] {
+            #expect {
+                try Image.open(bytes: builder.build(), options: OpenOptions(access: access))
+            } throws: { error in
+                let words = "\(error)"
+                return words.contains("time travel") && words.contains("0x8000000000000000")
+            }
         }
     }
 }

@@ -60,7 +60,7 @@ struct ReadingTests {
             ])
     }
 
-    @Test("Reading past the end of a shorter backing file gives zeros, to the byte")
+    @Test("Trap 26: reading past the end of a shorter backing file gives zeros, to the byte")
     func shorterBacking() throws {
         let image = ImageBuilder(byteCount: 256.KiB)
         try expect(
@@ -109,7 +109,8 @@ struct ReadingTests {
             clusterBits: 21, entry: 0x500C_0000_00C0_15B2, offset: 0xC015B2, byteCount: 1_051_726),
     ]
 
-    @Test("A compressed descriptor's widths follow the cluster size", arguments: examples)
+    @Test(
+        "Trap 27: a compressed descriptor's widths follow the cluster size", arguments: examples)
     func compressedExamples(_ example: Example) throws {
         let size = 1 << example.clusterBits
         var image = ImageBuilder(byteCount: 4 * size, clusterBits: example.clusterBits)
@@ -141,14 +142,17 @@ struct ReadingTests {
         try opened.close()
     }
 
-    @Test("Garbage after a stream and a count of sectors past the file's end do no harm")
-    func garbageAfterStream() throws {
+    @Test(
+        "Trap 31: garbage after a stream and a count of sectors past the file's end do no harm",
+        arguments: [UInt8(0), 1], [UInt8(0), 0xFF])
+    func garbageAfterStream(type: UInt8, garbage: UInt8) throws {
         var image = ImageBuilder(byteCount: 64.KiB, clusterBits: 12)
+        image.compressionType = type
         _ = image.entryOffset(0)
         let host = image.allocate(byteCount: 4096)
-        image.put(
-            Streams.deflate([UInt8](repeating: 0x77, count: 4096))
-                + [UInt8](repeating: 0xFF, count: 200), at: host)
+        let content = [UInt8](repeating: 0x77, count: 4096)
+        let stream = type == 0 ? Streams.deflate(content) : Streams.zstd(content)
+        image.put(stream + [UInt8](repeating: garbage, count: 2000), at: host)
         image.setEntry(1 << 62 | 15 << 58 | UInt64(host), guestCluster: 0)
         try expect(image, reads: [(0..<4096, 0x77)])
     }
@@ -206,7 +210,7 @@ struct ReadingTests {
         try image.close()
     }
 
-    @Test("Offsets of terabytes are not cut to 32 bits")
+    @Test("Trap 36: offsets of terabytes are not cut to 32 bits")
     func hugeOffsets() throws {
         let size = 8 << 40
         var image = ImageBuilder(byteCount: size, clusterBits: 16)
@@ -220,7 +224,7 @@ struct ReadingTests {
         try opened.close()
     }
 
-    @Test("Reading outside of the disk is an invalid argument")
+    @Test("Trap 36: reading across the end of the disk is an invalid argument")
     func outside() throws {
         let image = try Image.open(bytes: ImageBuilder(byteCount: 1.MiB).build())
         #expect {

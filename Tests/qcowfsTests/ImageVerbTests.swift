@@ -109,7 +109,7 @@ struct ImageVerbTests {
         #expect(corruption.errors.contains("leak"))
     }
 
-    @Test("check and info change nothing, not even on what they cannot read")
+    @Test("Trap 71: check and info change nothing, not even on what they cannot read")
     func untouched() throws {
         try makeImage(image)
         _ = try folder.write([UInt8](repeating: 0x51, count: 1000), to: "raw")

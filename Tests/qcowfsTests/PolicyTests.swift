@@ -23,7 +23,7 @@ struct PolicyTests {
     }
 
     @Test(
-        "refuses a backing file outside of the image's directory, however it is named",
+        "Trap 18: refuses a backing file outside of the image's directory, however it is named",
         arguments: [
             "FOLDER/base.qcow2", "../base.qcow2", "link.qcow2", "./../base.qcow2", "/etc/passwd",
         ])
@@ -34,7 +34,7 @@ struct PolicyTests {
     }
 
     @Test(
-        "refuses what is no plain local path",
+        "Trap 18: refuses what is no plain local path",
         arguments: [
             "json:{\"driver\":\"qcow2\"}", "nbd://127.0.0.1:10809/x", "file:inside.qcow2",
             "nbd:unix:/tmp/x", "https://example.org/x",
@@ -79,7 +79,7 @@ struct PolicyTests {
             image, in: folder, options: ["--allow-path", elsewhere], naming: ["top.qcow2"])
     }
 
-    @Test("a raw backing file that looks like qcow2 stays raw when the header says raw")
+    @Test("Trap 17: a raw backing file that looks like qcow2 stays raw when the header says raw")
     func obeysFormat() throws {
         let (folder, image) = try overlay("inside.qcow2", format: "raw")
         let mount = try TestMount(image, in: folder)
