@@ -41,7 +41,12 @@ extension ClusterAllocator {
         } else {
             let first = UInt64(index) &<< blockBits
             try place(block: index, at: first, &state)
-            try setCount(1, of: first, &state)
+            do throws(ImageError) {
+                try setCount(1, of: first, &state)
+            } catch {
+                remove(blocks: index..<index + 1, &state)
+                throw error
+            }
         }
     }
 
@@ -77,11 +82,31 @@ extension ClusterAllocator {
             let run = ClusterRun(first: first &+ blockCount, count: count)
             try checkRoom(run)
             state.table += Array(repeating: 0, count: Int(growth &* entriesPerCluster))
-            for block in 0..<Int(blockCount) {
-                try place(block: oldEntryCount + block, at: first &+ UInt64(block), &state)
+            do throws(ImageError) {
+                for block in 0..<Int(blockCount) {
+                    try place(block: oldEntryCount + block, at: first &+ UInt64(block), &state)
+                }
+                for cluster in first..<run.end { try setCount(1, of: cluster, &state) }
+            } catch {
+                // The table has room for no more entries than before where it lies.
+                remove(blocks: oldEntryCount..<state.table.count, &state)
+                state.table.removeLast(state.table.count - oldEntryCount)
+                state.blockEnd = min(state.blockEnd, oldEntryCount)
+                state.dirtyTablePages = state.dirtyTablePages.filter { $0 << 9 < oldEntryCount }
+                throw error
             }
-            for cluster in first..<run.end { try setCount(1, of: cluster, &state) }
             replaceTable(old, by: run, &state)
+        }
+    }
+
+    /// Forgets blocks that could not be finished; nothing but the table in memory refers to them.
+    private func remove(blocks: Range<Int>, _ state: inout State) {
+        for block in blocks where state.table[block] != 0 {
+            guarded.removeRefcountBlock(state.table[block] &>> clusterBits)
+            state.table[block] = 0
+            state.waitingBlocks.remove(block)
+            let first = UInt64(block) &<< blockBits
+            state.cache.forget(first &>> pageBits..<(first &+ 1 &<< blockBits) &>> pageBits)
         }
     }
 

@@ -46,6 +46,11 @@ package final class MetadataGuard: Sendable {
         mark(cluster)
     }
 
+    /// Takes a block out that was never made known.
+    package func removeRefcountBlock(_ cluster: UInt64) {
+        known.withLock { _ = $0.refcountBlocks.remove(cluster) }
+    }
+
     /// Adds an L2 table, which the map knows by itself.
     package func addTable(_ cluster: UInt64) { mark(cluster) }
 

@@ -48,6 +48,15 @@ struct RefcountCache: ~Copyable {
         if let slot = slotOfPage[page] { slots[slot].isDirty = true }
     }
 
+    /// Drops what is in memory of `pages`, whose block is none any more.
+    mutating func forget(_ pages: Range<UInt64>) {
+        for (page, slot) in slotOfPage where pages.contains(page) {
+            slotOfPage[page] = nil
+            slots[slot].page = .max
+            slots[slot].isDirty = false
+        }
+    }
+
     var hasDirtyPages: Bool { slots.contains { $0.isDirty } }
 
     /// Writes the dirty page with the lowest number from `page` on, and returns its number; nil
