@@ -19,7 +19,7 @@ struct CacheSlots: ~Copyable, @unchecked Sendable {
 
     /// How many slots there are; 0 where the memory could not be had.
     let count: Int
-    private let slotByteCount: Int
+    let slotByteCount: Int
     private let places: AtomicArray
     private let byteCounts: AtomicArray
     private let states: AtomicArray

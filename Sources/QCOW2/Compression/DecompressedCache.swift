@@ -105,7 +105,7 @@ package struct DecompressedCache: ~Copyable, Sendable {
         into target: UnsafeMutableRawBufferPointer,
         fill: (UnsafeMutableRawBufferPointer) throws(Failure) -> Void
     ) throws(Failure) {
-        let fits = clusterByteCount <= slots.bytes(of: 0).count
+        let fits = clusterByteCount <= slots.slotByteCount
         switch slots.count > 0 && fits ? slot(for: key) : .full {
         case .pinned(let slot): copyOut(slot, from: offset, into: target)
         case .claimed(let slot):
