@@ -8,20 +8,18 @@ struct ConcurrencyTraps {
     @Test(
         "Trap 59: a flush of one queue covers what had returned to all the others",
         arguments: [
-            CrashLayout(clusterBits: 9, guestClusters: 192, hasBacking: true),
-            CrashLayout(clusterBits: 12, guestClusters: 96, hasCompressed: true),
-            CrashLayout(clusterBits: 16, guestClusters: 16, commitInterval: 1),
+            CrashLayout(clusterBits: 9, guestClusters: 128, hasBacking: true),
+            CrashLayout(clusterBits: 12, guestClusters: 32, hasCompressed: true),
+            CrashLayout(clusterBits: 16, guestClusters: 8, commitInterval: 1),
         ])
     func flushesOfQueues(_ layout: CrashLayout) throws {
-        for seed in TestEnvironment.seed..<TestEnvironment.seed + 3 {
-            let workload = CrashWorkload(
-                layout: layout, seed: seed, threadCount: 6, stepCount: 25)
-            let (record, initial) = try workload.run()
-            let (count, fault) = CrashJudge.judge(
-                record, layout, initial: initial, seed: seed,
-                effort: CrashExplorer.Effort(prefixes: 6, singles: 2, subsets: 6))
-            #expect(fault == nil, "seed \(seed), \(count) states")
-        }
+        let seed = TestEnvironment.seed
+        let workload = CrashWorkload(layout: layout, seed: seed, threadCount: 6, stepCount: 20)
+        let (record, initial) = try workload.run()
+        let (count, fault) = CrashJudge.judge(
+            record, layout, initial: initial, seed: seed,
+            effort: CrashExplorer.Effort(prefixes: 4, singles: 1, subsets: 4))
+        #expect(fault == nil, "seed \(seed), \(count) states")
     }
 
     @Test(
