@@ -54,13 +54,18 @@ struct CrashJudge {
     /// Nil where the state is one that may be; otherwise what is wrong with it.
     func fault(in state: UnsafeRawBufferPointer, isClosed: Bool = false) -> String? {
         do throws(ReferenceReader.Fault) {
-            let reader = try ReferenceReader(state)
+            let files = layout.files(of: state)
+            let reader = try ReferenceReader(files.image, dataFile: files.data)
             let audit = reader.audit()
             if let fault = audit.faults.first { return fault }
             if isClosed && audit.leakCount > 0 {
                 return "I8: \(audit.leakCount) clusters leak after a clean close"
             }
             if let fault = try activeFault(reader) { return fault }
+            if layout.isRaw, let data = files.data {
+                buffer.copyMemory(from: data)
+                if let fault = sectorFault("of the raw data file ") { return fault }
+            }
             return try snapshotFault(reader)
         } catch { return "I3: \(error)" }
     }
@@ -69,10 +74,16 @@ struct CrashJudge {
         _ reader: ReferenceReader
     ) throws(ReferenceReader.Fault) -> String? {
         try read(reader, through: reader.active)
+        return sectorFault()
+    }
+
+    /// The first sector in the buffer that holds none of what it may.
+    private func sectorFault(_ place: String = "") -> String? {
         for sector in 0..<layout.sectorCount {
             let value = value(of: sector)
             if versions[sector].contains(where: { $0.value == value }) { continue }
-            return "I4: sector \(sector) holds \(value.map(String.init) ?? "foreign or torn bytes")"
+            return "I4: sector \(sector) \(place)holds "
+                + (value.map(String.init) ?? "foreign or torn bytes")
                 + ", which is none of \(versions[sector].map(\.value))"
         }
         return nil

@@ -11,6 +11,9 @@ struct CrashLayout: Sendable, CustomTestStringConvertible {
     var hasSnapshot = true
     var hasBacking = false
     var hasCompressed = false
+    /// Whether guest data lies in an external data file, and whether that is raw.
+    var hasDataFile = false
+    var isRaw = false
     /// Milliseconds between commits of the engine's own; nil for none.
     var commitInterval: Int?
 
@@ -23,6 +26,7 @@ struct CrashLayout: Sendable, CustomTestStringConvertible {
     var testDescription: String {
         ["v\(version)", "\(1 << clusterBits) B", "\(1 << refcountOrder)-bit counts"]
             .joined(separator: ", ") + (hasSnapshot ? ", snapshot" : "")
+            + (hasDataFile ? (isRaw ? ", raw data file" : ", data file") : "")
             + (hasBacking ? ", backing" : "") + (hasCompressed ? ", compressed" : "")
             + (commitInterval == nil ? "" : ", timer")
     }
@@ -34,6 +38,7 @@ struct CrashLayout: Sendable, CustomTestStringConvertible {
 
     /// The image, and what its guest sectors hold, all of it in the snapshot too.
     func build() -> (image: [UInt8], values: [UInt64]) {
+        if hasDataFile { return buildWithDataFile() }
         var image = ImageBuilder(
             byteCount: byteCount, version: version, clusterBits: clusterBits,
             refcountOrder: refcountOrder)

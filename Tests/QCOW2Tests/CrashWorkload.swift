@@ -15,13 +15,15 @@ struct CrashWorkload {
 
     /// Runs the steps, closes the image, and returns the record.
     ///
-    /// `device`: what the engine sees of the recording device.
+    /// `device`: what the engine sees of the recording device; `data`: what it sees of the external
+    /// data file.
     func run(
-        through device: (RecordingDevice) -> any BlockDevice = { $0 }
+        through device: (RecordingDevice) -> any BlockDevice = { $0 },
+        data: (any BlockDevice) -> any BlockDevice = { $0 }
     ) throws -> (record: RecordingDevice, values: [UInt64]) {
         let (bytes, values) = layout.build()
         let record = RecordingDevice(bytes, seed: seed)
-        let image = try Image.open(device(record), backing: layout.backing())
+        let image = try layout.open(record, through: device, data: data)
         if let interval = layout.commitInterval {
             image.startCommitting(every: .milliseconds(interval))
         }

@@ -66,8 +66,9 @@ package struct CrashExplorer {
             for index in pending.indices where pending[index].call == call {
                 pending[index].hasReturned = true
             }
-        case .flush(let call):
-            covered[call] = Set(pending.filter(\.hasReturned).map(\.call))
+        case .flush(let call, let part):
+            covered[call] = Set(
+                pending.filter { $0.hasReturned && part?.contains($0.offset) ?? true }.map(\.call))
         case .flushed(let call):
             settle(covered.removeValue(forKey: call) ?? [])
         case .note:

@@ -14,7 +14,8 @@ package final class RecordingDevice: BlockDevice {
         /// The length was set; bytes past a smaller one are gone.
         case resize(Call, byteCount: Int)
         case returned(Call)
-        case flush(Call)
+        /// A sync was called; nil stands for the whole device.
+        case flush(Call, of: Range<Int>?)
         case flushed(Call)
         /// What a client of the engine noted; its meaning is the test's.
         case note(Note)
@@ -110,8 +111,11 @@ package final class RecordingDevice: BlockDevice {
         end(.returned(call))
     }
 
-    package func flush() throws(SystemError) {
-        let call = state.withLock { begin(.flush($0.nextCall), in: &$0) }
+    package func flush() throws(SystemError) { flush(of: nil) }
+
+    /// A sync of a part that stands for a device of its own.
+    func flush(of part: Range<Int>?) {
+        let call = state.withLock { begin(.flush($0.nextCall, of: part), in: &$0) }
         if yields { usleep(30) }
         end(.flushed(call))
     }
