@@ -59,6 +59,8 @@ struct TableCorrections {
         } l2: { entry throws(ImageError) in
             let entry = clearsMeaningless ? Self.meaningful(entry, header) : entry
             guard !entry.isCompressed, entry.offset != 0 else { return entry }
+            // Nothing in a data file has a second reference.
+            if header.hasDataFile { return entry.withCopied(true) }
             return entry.withCopied(try count(entry.offset >> clusterBits) == 1)
         }
     }
