@@ -2,7 +2,7 @@ import TestSupport
 import Testing
 
 /// One kind of image of the random runs.
-struct Combination: Sendable, Hashable, CustomTestStringConvertible {
+struct Combination: RandomRunSubject, Hashable, CustomTestStringConvertible {
     enum Content: String, CaseIterable, Sendable {
         case plain = "no backing"
         case qcow2Backing = "qcow2 backing"
@@ -72,6 +72,8 @@ extension Combination {
         let image: String
         let model: ReferenceDisk
         let snapshots: [String: ReferenceDisk]
+        /// What else must be true of the model and the files at the end.
+        var alsoJudge: ((ReferenceDisk) throws -> Void)?
     }
 
     /// Makes the image with QEMU's tools.

@@ -1,11 +1,18 @@
 import Glibc
 import TestSupport
 
+/// A kind of image that random runs can use.
+protocol RandomRunSubject: Sendable {
+    var clusterSize: Int { get }
+    /// The image, what its disk holds, and what its snapshots hold.
+    func prepare(in folder: TemporaryDirectory, seed: UInt64) throws -> Combination.Prepared
+}
+
 /// Threads that use a mounted disk as programs do, beside a model of it.
 struct RandomRun {
     struct Difference: Error, CustomStringConvertible { let description: String }
 
-    let combination: Combination
+    let combination: any RandomRunSubject
     let seed: UInt64
     var threadCount = 3
     var stepCount = TestEnvironment.isLong ? 600 : 45
@@ -27,6 +34,7 @@ struct RandomRun {
         }
         try tamper?(prepared.image)
         try judge(prepared, in: folder, dataRanges: ranges)
+        try prepared.alsoJudge?(prepared.model)
     }
 
     /// Compares the whole disk and returns its data ranges; the file is closed on return, for an
