@@ -25,11 +25,10 @@ final class AllocationCounter: Sendable {
     /// Whether changes of `cluster` must be reported.
     func covers(_ cluster: UInt64) -> Bool { cluster < reached.load(ordering: .relaxed) }
 
-    /// An entry was replaced; `shown` bytes of layers below show through where there is none.
-    func note(_ old: L2Entry, _ new: L2Entry, shown: UInt64, clusterByteCount: UInt64) {
+    /// An entry of `map` was replaced; `shown`: see `byteCount(of:_:in:)`.
+    func note(_ old: L2Entry, _ new: L2Entry, shown: ArraySlice<UInt64>, in map: ClusterMap) {
         let change =
-            Self.byteCount(of: new, shown, clusterByteCount)
-            - Self.byteCount(of: old, shown, clusterByteCount)
+            Self.byteCount(of: new, shown, in: map) - Self.byteCount(of: old, shown, in: map)
         if change != 0 { byteCount.wrappingAdd(change, ordering: .relaxed) }
     }
 
@@ -53,9 +52,24 @@ final class AllocationCounter: Sendable {
         byteCount.store(0, ordering: .relaxed)
     }
 
-    static func byteCount(of entry: L2Entry, _ shown: UInt64, _ clusterByteCount: UInt64) -> Int {
-        if entry.showsData || entry.offset != 0 { return Int(clusterByteCount) }
-        return entry.hasZeroFlag ? 0 : Int(shown)
+    /// Bytes of a guest cluster that are allocated: what has space here, and what shows through.
+    /// - Parameter shown: per subcluster, or for the cluster where there are none, how many bytes
+    ///   the layers below would show; empty where nothing does.
+    static func byteCount(
+        of entry: L2Entry, _ shown: ArraySlice<UInt64>, in map: ClusterMap
+    ) -> Int {
+        let cluster = Int(truncatingIfNeeded: map.clusterMask &+ 1)
+        if entry.isCompressed { return cluster }
+        guard map.isExtended else {
+            if entry.showsData || entry.offset != 0 { return cluster }
+            return entry.hasZeroFlag ? 0 : Int(shown.first ?? 0)
+        }
+        let told = entry.subclusters.allocated | entry.subclusters.zero
+        var sum = !map.hasCluster(entry) ? 0 : told.nonzeroBitCount &<< Int(map.subclusterBits)
+        for (index, byteCount) in shown.enumerated() where told &>> UInt32(index) & 1 == 0 {
+            sum += Int(byteCount)
+        }
+        return sum
     }
 }
 
@@ -127,25 +141,32 @@ extension Image {
         let shown = try shownByteCounts(cluster, count: Int(next &- cluster))
         try map.withEntries(cluster, count: Int(next &- cluster)) { entries in
             var sum = 0
-            for (index, shown) in shown.enumerated() {
-                sum += AllocationCounter.byteCount(of: entries(index), shown, clusterByteCount)
+            for index in 0..<Int(next &- cluster) {
+                sum += AllocationCounter.byteCount(
+                    of: entries(index), map.part(of: shown, at: index), in: map)
             }
             allocation.add(sum, reaching: next)
         }
         return next
     }
 
-    /// For each of `count` guest clusters, how many bytes the layers below would show.
+    /// For each subcluster of `count` guest clusters, or each cluster where there are none, how
+    /// many bytes the layers below would show; empty without such layers.
     func shownByteCounts(_ cluster: UInt64, count: Int) throws(ImageError) -> [UInt64] {
-        var counts = [UInt64](repeating: 0, count: count)
-        guard layerCount > 1 else { return counts }
-        for index in 0..<count {
-            var offset = (cluster &+ UInt64(index)) &<< map.clusterBits
-            let end = min(offset &+ clusterByteCount, layers[1].size)
-            while offset < end {
-                let run = try holeOrDataLocked(at: offset, limit: end &- offset, from: 1)
-                if !run.isHole { counts[index] &+= run.byteCount }
-                offset &+= run.byteCount
+        guard layerCount > 1 else { return [] }
+        let unitBits = map.subclusterBits
+        var counts = [UInt64](repeating: 0, count: count &<< Int(map.clusterBits &- unitBits))
+        let start = cluster &<< map.clusterBits
+        let end = min(start &+ UInt64(count) &<< map.clusterBits, layers[1].size)
+        var offset = start
+        while offset < end {
+            let run = try holeOrDataLocked(at: offset, limit: end &- offset, from: 1)
+            let runEnd = offset &+ run.byteCount
+            while offset < runEnd {
+                let unit = (offset &- start) &>> unitBits
+                let next = min(start &+ (unit &+ 1) &<< unitBits, runEnd)
+                if !run.isHole { counts[Int(unit)] &+= next &- offset }
+                offset = next
             }
         }
         return counts
@@ -153,6 +174,13 @@ extension Image {
 }
 
 extension ClusterMap {
+    /// What `shownByteCounts` told of the cluster at `index`.
+    func part(of shown: [UInt64], at index: Int) -> ArraySlice<UInt64> {
+        guard !shown.isEmpty else { return [] }
+        let bits = Int(clusterBits &- subclusterBits)
+        return shown[index &<< bits..<(index &+ 1) &<< bits]
+    }
+
     func endOfSlice(from cluster: UInt64) -> UInt64 { (cluster &>> sliceBits &+ 1) &<< sliceBits }
 
     /// The first cluster from `cluster` on that has an L2 table.

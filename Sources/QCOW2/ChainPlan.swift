@@ -151,7 +151,6 @@ extension Header {
         if !unknown.names.isEmpty || unknown.bits != 0 {
             return .unknownIncompatible(names: unknown.names, bits: unknown.bits)
         }
-        if incompatibleFeatures.contains(.extendedL2) { return .extendedL2 }
         return encryptionMethod == 0 ? nil : .encryption(method: encryptionMethod)
     }
 }

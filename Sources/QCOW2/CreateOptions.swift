@@ -81,7 +81,9 @@ extension CreateOptions {
             if hasExtendedL2 { return "extended L2 entries need compat=1.1" }
             if dataFile != nil { return "an external data file needs compat=1.1" }
         }
-        if hasExtendedL2, clusterByteCount < 16384 {
+        if hasExtendedL2,
+            clusterByteCount < 1 &<< UInt64(Limits.clusterBitsWithExtendedL2.lowerBound)
+        {
             return "extended L2 entries need clusters of 16k or more"
         }
         return dataFileContradiction ?? backingContradiction

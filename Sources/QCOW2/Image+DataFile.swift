@@ -58,7 +58,8 @@ extension Image {
             let first = offset &>> map.clusterBits
             try change(part, writing) { index, old in
                 guard old.offset == 0, !old.showsData else { return old }
-                return L2Entry(copiedClusterAt: (first &+ UInt64(index)) &<< map.clusterBits)
+                let host = (first &+ UInt64(index)) &<< map.clusterBits
+                return L2Entry(bits: host | L2Entry.copied, subclusters: old.subclusters)
             }
             offset = part.upperBound
         }

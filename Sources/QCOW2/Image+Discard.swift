@@ -46,7 +46,8 @@ extension Image {
         let extent = try map.extent(at: offset, limit: limit &- offset)
         switch extent.kind {
         case .zeroPlain: return offset &+ extent.byteCount
-        case .unallocated where offset >= backingEnd: return offset &+ extent.byteCount
+        case .unallocated where offset >= backingEnd && !extent.isReserved:
+            return offset &+ extent.byteCount
         default: return nil
         }
     }
@@ -57,7 +58,7 @@ extension Image {
     ) throws(ImageError) {
         let held = ranges.lockExclusive(range.lowerBound, range.upperBound &- range.lowerBound)
         defer { ranges.unlock(held) }
-        let mask = map.clusterMask
+        let mask = map.subclusterMask
         let first = min((range.lowerBound &+ mask) & ~mask, range.upperBound)
         // The end of the disk counts as the end of its cluster.
         let last =
@@ -67,16 +68,17 @@ extension Image {
         try zeroPart(last..<range.upperBound, writing)
     }
 
-    /// Writes zeros to less than a cluster, unless it reads as zeros already.
+    /// Writes zeros to less than a subcluster, unless it reads as zeros already.
     private func zeroPart(_ range: Range<UInt64>, _ writing: Writing) throws(ImageError) {
         guard !range.isEmpty, try !isHole(range) else { return }
         try writeZeroBytes(range, writing)
     }
 
-    /// Zeroes whole clusters.
+    /// Zeroes whole clusters, with extended entries whole subclusters.
     func zeroClusters(
         _ range: Range<UInt64>, _ zeroing: Zeroing, _ writing: Writing
     ) throws(ImageError) {
+        if map.isExtended { return try zeroSubclusters(range, zeroing, writing) }
         var offset = range.lowerBound
         while offset < range.upperBound {
             let extent = try map.extent(at: offset, limit: range.upperBound &- offset)
@@ -169,7 +171,12 @@ extension Image {
         while offset < range.upperBound {
             let cluster = offset..<min(offset &+ map.clusterMask &+ 1, size)
             let extent = try map.extent(at: offset, limit: cluster.upperBound &- offset)
-            if extent.kind == .unallocated || extent.kind == .zeroPlain {
+            if extent.kind == .corrupt {
+                throw stopWriting(top.fault(extent, at: offset), writing)
+            }
+            if map.isExtended {
+                try reserveCluster(offset &>> map.clusterBits, takingSpace, writing)
+            } else if extent.kind == .unallocated || extent.kind == .zeroPlain {
                 try allocateCluster(cluster, takingSpace, writing)
             } else if map.hasDataFile {
                 try top.data.reserveKeepingBytes(cluster)
@@ -183,7 +190,17 @@ extension Image {
     ) throws(ImageError) {
         guard map.version == 3, try isHole(cluster) else { return try copyUp(cluster, writing) }
         try makeTableWritable(at: cluster.lowerBound, writing)
-        let run = try allocate(forGuest: cluster.lowerBound &>> map.clusterBits, 1, writing)
+        let run = try allocateReserved(
+            forGuest: cluster.lowerBound &>> map.clusterBits, takingSpace, writing)
+        let new = L2Entry(copiedClusterAt: run.first &<< map.clusterBits).withZeroFlag
+        try link(cluster.lowerBound &>> map.clusterBits, count: 1, writing) { _, _ in new }
+    }
+
+    /// A new cluster inside of the file, for guest cluster `first`.
+    func allocateReserved(
+        forGuest first: UInt64, _ takingSpace: Bool, _ writing: Writing
+    ) throws(ImageError) -> ClusterRun {
+        let run = try allocate(forGuest: first, 1, writing)
         let host = run.first &<< map.clusterBits
         do throws(ImageError) {
             let end = top.clusterEnd(at: host, diskEnd: size)
@@ -196,8 +213,7 @@ extension Image {
             try release(run, writing)
             throw error
         }
-        let new = L2Entry(copiedClusterAt: host).withZeroFlag
-        try link(cluster.lowerBound &>> map.clusterBits, count: 1, writing) { _, _ in new }
+        return run
     }
 
     /// Writes a cluster with what it reads.

@@ -10,7 +10,7 @@ extension Image {
         _ change: (_ index: Int, _ old: L2Entry) -> L2Entry
     ) throws(ImageError) {
         // Asked before the map's lock is taken, since it may read.
-        let shown = layerCount > 1 ? try shownByteCounts(cluster, count: count) : []
+        let shown = try shownByteCounts(cluster, count: count)
         var done = 0
         while done < count {
             let base = done
@@ -21,8 +21,7 @@ extension Image {
                 }
                 if allocation.covers(cluster &+ UInt64(base + index)) {
                     allocation.note(
-                        old, new, shown: shown.isEmpty ? 0 : shown[base + index],
-                        clusterByteCount: clusterByteCount)
+                        old, new, shown: map.part(of: shown, at: base + index), in: map)
                 }
                 return new
             }
@@ -119,7 +118,7 @@ extension Image {
     }
 
     private func clearCopied(in table: UnsafeMutableRawBufferPointer) {
-        for position in stride(from: 0, to: table.count, by: 8) {
+        for position in stride(from: 0, to: table.count, by: 1 << Int(map.entryBits)) {
             let entry = L2Entry(
                 bits: UnsafeRawBufferPointer(table).bigEndian(at: position) ?? 0)
             if entry.isCopied, !entry.isCompressed {

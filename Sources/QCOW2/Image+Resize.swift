@@ -115,7 +115,8 @@ extension Image {
         defer { ranges.unlock(held) }
         let extent = try map.extent(at: offset, limit: limit &- offset)
         let isUnused =
-            extent.kind == .zeroPlain || extent.kind == .unallocated && offset >= backingEnd
+            extent.kind == .zeroPlain
+            || extent.kind == .unallocated && offset >= backingEnd && !extent.isReserved
         return isUnused ? offset &+ extent.byteCount : nil
     }
 
@@ -158,7 +159,8 @@ extension Image {
             let extent = try map.extent(
                 at: offset, limit: min(range.upperBound, tableEnd) &- offset)
             // What a bad entry means belongs to nobody.
-            if extent.kind != .unallocated, extent.kind != .corrupt {
+            let isNothing = extent.kind == .unallocated && !extent.isReserved
+            if !isNothing, extent.kind != .corrupt {
                 try change(offset..<offset &+ extent.byteCount, writing) { _, _ in .unallocated }
             }
             offset &+= extent.byteCount

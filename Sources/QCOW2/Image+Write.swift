@@ -25,8 +25,9 @@ extension Image {
                 let part = UnsafeRawBufferPointer(rebasing: rest[..<Int(extent.byteCount)])
                 try writing.write(part, at: guest, extent, self)
                 done += part.count
-            case (.zeroAllocated, true):
-                done += try writeOverZeroes(rest, at: guest, extent, writing)
+            case (.zeroAllocated, true),
+                (.unallocated, true) where extent.hasCluster:
+                done += try writeExposing(rest, at: guest, extent, writing)
             case (.corrupt, _):
                 throw stopWriting(top.fault(extent, at: guest), writing)
             default:
@@ -49,31 +50,50 @@ extension Image {
         let run = try allocate(forGuest: first, wanted, writing)
         let linkedEnd = min(end, (first &+ run.count) &<< map.clusterBits)
         let part = UnsafeRawBufferPointer(rebasing: bytes[..<Int(linkedEnd &- guest)])
+        let host = run.first &<< map.clusterBits
+        let range: Range<UInt64>
         do throws(ImageError) {
-            try writeClusters(part, at: guest, to: run, writing)
+            range = try rangeToWrite(guest..<linkedEnd, extent, writing)
+            try writeFilled(
+                part, at: guest, range, to: host &+ range.lowerBound & map.clusterMask, writing)
+            if extent.hasCluster, map.isExtended {
+                try copyAllocated(outside: range, to: host, writing)
+            }
         } catch {
             try release(run, writing)
             throw error
         }
-        let bits = map.clusterBits
-        try link(first, count: Int(run.count), writing) { index, _ in
-            L2Entry(copiedClusterAt: (run.first &+ UInt64(index)) &<< bits)
-        }
+        try linkData(range, at: host, writing)
         return part.count
     }
 
-    /// Writes whole clusters `run`: `bytes` for guest offset `guest`, and around them what the
-    /// disk reads there now.
-    private func writeClusters(
-        _ bytes: UnsafeRawBufferPointer, at guest: UInt64, to run: ClusterRun, _ writing: Writing
+    /// Shows the data of guest bytes `range`, whole subclusters, in clusters from `host` on.
+    private func linkData(
+        _ range: Range<UInt64>, at host: UInt64, _ writing: Writing
     ) throws(ImageError) {
-        let host = run.first &<< map.clusterBits
-        let start = guest & ~map.clusterMask
+        let first = range.lowerBound &>> map.clusterBits
+        let count = (range.upperBound &- 1) &>> map.clusterBits &- first &+ 1
+        try link(first, count: Int(count), writing) { index, old in
+            let offset = host &+ UInt64(index) &<< map.clusterBits
+            guard map.isExtended else { return L2Entry(copiedClusterAt: offset) }
+            let written = map.subclusters(of: range, inCluster: first &+ UInt64(index))
+            return old.showing(written, inClusterAt: offset)
+        }
+    }
+
+    /// Writes `bytes` for guest offset `guest`, and around them what the disk reads there now, to
+    /// the host bytes from `host` on that stand for guest bytes `range`.
+    private func writeFilled(
+        _ bytes: UnsafeRawBufferPointer, at guest: UInt64, _ range: Range<UInt64>, to host: UInt64,
+        _ writing: Writing
+    ) throws(ImageError) {
+        let start = range.lowerBound
         let head = Int(guest &- start)
-        let hostEnd = top.clusterEnd(at: (run.end &- 1) &<< map.clusterBits, diskEnd: size)
-        let tail = Int(hostEnd &- host) - head - bytes.count
-        if head + tail == 0 { return try top.write(bytes, at: host) }
         let end = guest &+ UInt64(bytes.count)
+        // A data file ends with the disk, which need not end with a cluster.
+        let rangeEnd = map.hasDataFile ? max(min(range.upperBound, size), end) : range.upperBound
+        let tail = Int(rangeEnd &- end)
+        if head + tail == 0 { return try top.write(bytes, at: host) }
         if top.isUntouched(from: host), try readsZeroAround(start, guest, end, UInt64(tail)) {
             return try top.write(bytes, at: host &+ UInt64(head))
         }
@@ -128,6 +148,16 @@ extension Image {
         return true
     }
 
+    /// Copies guest bytes, as they read now, to host bytes.
+    func copy(
+        _ guest: UInt64, count: Int, to host: UInt64, _ writing: Writing
+    ) throws(ImageError) {
+        if try copyMapped(guest, count: count, to: host) { return }
+        try writing.scratch.withBuffer { scratch throws(ImageError) in
+            try copy(guest, count: count, to: host, through: scratch)
+        }
+    }
+
     /// Copies guest bytes, as they read now, to host bytes, piece by piece.
     private func copy(
         _ guest: UInt64, count: Int, to host: UInt64, through scratch: UnsafeMutableRawBufferPointer
@@ -172,26 +202,29 @@ extension Image {
         return true
     }
 
-    // MARK: Clusters that are there and read as zeros
+    // MARK: Clusters that are there and show other bytes than theirs
 
-    /// Writes the start of `bytes` into a cluster that is ours and reads as zeros, with zeros
-    /// around them, then drops the zero flag; returns how many bytes.
-    private func writeOverZeroes(
+    /// Writes the start of `bytes` into clusters that are ours, where they read as zeros or show
+    /// the backing file, with what they read around them, and links them; returns how many bytes.
+    private func writeExposing(
         _ bytes: UnsafeRawBufferPointer, at guest: UInt64, _ extent: Extent, _ writing: Writing
     ) throws(ImageError) -> Int {
         try makeTableWritable(at: guest, writing)
-        let head = guest & map.clusterMask
-        let count = min(UInt64(bytes.count), map.clusterMask &+ 1 &- head)
-        let host = extent.host &- head
-        if writing.isSuspicious(host, map.clusterMask &+ 1) {
-            try checkSuspiciousTarget(host, map.clusterMask &+ 1, at: guest, writing)
+        // Zero clusters of a run need not follow each other in the file; extended ones do.
+        let clusterRest = map.clusterMask &+ 1 &- guest & map.clusterMask
+        let count = min(
+            UInt64(bytes.count), extent.byteCount, map.isExtended ? .max : clusterRest)
+        let first = extent.host & ~map.clusterMask
+        let end = (extent.host &+ count &+ map.clusterMask) & ~map.clusterMask
+        if writing.isSuspicious(first, end &- first) {
+            try checkSuspiciousTarget(first, end &- first, at: guest, writing)
         }
-        try top.writeZeroes(host..<host &+ head)
-        try top.write(UnsafeRawBufferPointer(rebasing: bytes[..<Int(count)]), at: extent.host)
-        try top.writeZeroes(extent.host &+ count..<top.clusterEnd(at: host, diskEnd: size))
-        try link(guest &>> map.clusterBits, count: 1, writing) { _, _ in
-            L2Entry(copiedClusterAt: host)
-        }
+        let mask = map.subclusterMask
+        let range = (guest & ~mask)..<((guest &+ count &+ mask) & ~mask)
+        try writeFilled(
+            UnsafeRawBufferPointer(rebasing: bytes[..<Int(count)]), at: guest, range,
+            to: extent.host &- (guest &- range.lowerBound), writing)
+        try linkData(range, at: first, writing)
         return Int(count)
     }
 }

@@ -100,7 +100,6 @@ public struct ImageError: Error, Equatable, Sendable, CustomStringConvertible {
 /// A part of the format, by name.
 public enum Feature: Equatable, Sendable {
     case version(UInt32)
-    case extendedL2
     case encryption(method: UInt32)
     case snapshotAccess
     /// Incompatible feature bits that nobody here knows; names come from the feature name table.
@@ -110,7 +109,6 @@ public enum Feature: Equatable, Sendable {
     var refusal: String {
         switch self {
         case .version(let number): "qcow2 version \(number) is not supported (2 and 3 are)"
-        case .extendedL2: "extended L2 entries are not supported"
         case .encryption(let method):
             "encryption (\(method == 1 ? "AES" : "LUKS")) is not supported"
         case .snapshotAccess: "reading an internal snapshot is not supported"

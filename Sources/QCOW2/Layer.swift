@@ -133,9 +133,14 @@ struct Layer: ~Copyable {
                     + "is not aligned to the cluster size (\(header.clusterByteCount))")
         }
         let entry = L2Entry(bits: extent.host)
-        if hasDataFile { return file.corrupt("\(place): \(entry.faultWithDataFile)") }
+        let isElsewhere = entry.offset != guest & ~map.clusterMask
+        if hasDataFile, entry.isCompressed || isElsewhere {
+            return file.corrupt("\(place): \(entry.faultWithDataFile)")
+        }
         return file.corrupt(
             "\(place): "
-                + entry.fault(clusterByteCount: header.clusterByteCount, version: header.version))
+                + entry.fault(
+                    clusterByteCount: header.clusterByteCount, version: header.version,
+                    isExtended: map.isExtended))
     }
 }

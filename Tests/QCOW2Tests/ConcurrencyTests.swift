@@ -13,6 +13,9 @@ struct ConcurrencyTests {
             CrashLayout(clusterBits: 9, refcountOrder: 3, guestClusters: 192, hasCompressed: true),
             CrashLayout(clusterBits: 12, guestClusters: 96, hasBacking: true),
             CrashLayout(clusterBits: 16, guestClusters: 16, hasBacking: true, commitInterval: 1),
+            CrashLayout(
+                clusterBits: 14, guestClusters: 32, hasBacking: true, isExtended: true,
+                commitInterval: 1),
         ])
     func readersSeeTheirOwn(_ layout: CrashLayout) throws {
         let (bytes, _) = layout.build()
@@ -75,6 +78,51 @@ struct ConcurrencyTests {
         }
     }
 
+    @Test("Trap 58, subclusters: the writers of one cluster all keep their bytes")
+    func sharedSubclusters() throws {
+        for round in 0..<10 {
+            let size = 64.KiB
+            let builder = ImageBuilder(byteCount: 4 * size, isExtended: true)
+            let device = RecordingDevice(builder.build(), seed: UInt64(round))
+            let image = try Image.open(device)
+            try onThreads(4) { index in
+                // Half of the writes begin or end inside a subcluster that a neighbour writes to.
+                for position in stride(from: index * 1024, to: 4 * size, by: 4096) {
+                    try image.write([UInt8](repeating: UInt8(index + 1), count: 1024), at: position)
+                }
+            }
+            try image.close()
+            try device.bytes.withUnsafeBytes { bytes in
+                let reader = try ReferenceReader(bytes)
+                let disk = try reader.read(0..<4 * size)
+                let isRight = disk.indices.allSatisfy { disk[$0] == UInt8($0 / 1024 % 4 + 1) }
+                #expect(isRight, "round \(round)")
+                let audit = reader.audit()
+                #expect(audit.faults == [] && audit.leakCount == 0)
+            }
+        }
+    }
+
+    @Test("A look-up sees both words of an extended entry old, or both new")
+    func entriesAreWhole() throws {
+        let cache = SharedCache()
+        let isDone = Atomic(false)
+        let seen = Atomic(0)
+        try onThreads(3) { index in
+            if index == 0 {
+                defer { isDone.store(true, ordering: .releasing) }
+                for step in 0..<200_000 as Range<UInt64> { cache.store(step) }
+                return
+            }
+            while !isDone.load(ordering: .acquiring) {
+                guard let (first, second) = cache.look() else { continue }
+                try #require(first == ~second, "torn: \(hex(first)), \(hex(second))")
+                seen.add(1, ordering: .relaxed)
+            }
+        }
+        #expect(seen.load(ordering: .relaxed) > 0)
+    }
+
     @Test("Trap 58: two writers of one unallocated cluster both keep their bytes")
     func sharedCluster() throws {
         for seed in 0..<30 as Range<UInt64> {
@@ -116,5 +164,33 @@ struct ConcurrencyTests {
         // Alone, each of the 96 flushes would take two syncs.
         #expect(syncs < 192, "\(syncs) syncs for 96 flushes")
         print("• 96 flushes of 8 threads took \(syncs) syncs")
+    }
+}
+
+/// A cache with one slice of extended entries, which one thread changes.
+private final class SharedCache: Sendable {
+    private let cache = SliceCache(wordBits: 9, entryWordBits: 1, byteCount: 4096)
+    private let slot: Int
+
+    init() {
+        slot = cache.victim(for: 5) { _ in true } ?? 0
+        let bytes = [UInt8](repeating: 0, count: 4096)
+        bytes.withUnsafeBytes { cache.fill(slot, with: 5, from: $0) }
+        store(0)
+    }
+
+    func store(_ number: UInt64) {
+        cache.store(
+            L2Entry(bits: number, subclusters: SubclusterBitmap(bits: ~number)), in: slot, at: 7)
+    }
+
+    /// Both words of the entry; nil while it is being changed.
+    func look() -> (UInt64, UInt64)? {
+        guard let (slot, version) = cache.find(5) else { return nil }
+        let words = cache.words(of: slot)
+        let pair = (
+            words[14].load(ordering: .relaxed), words[15].load(ordering: .relaxed)
+        )
+        return cache.isUnchanged(slot, version) ? pair : nil
     }
 }

@@ -14,6 +14,8 @@ struct CrashLayout: Sendable, CustomTestStringConvertible {
     /// Whether guest data lies in an external data file, and whether that is raw.
     var hasDataFile = false
     var isRaw = false
+    /// Whether L2 entries have 32 subclusters.
+    var isExtended = false
     /// Milliseconds between commits of the engine's own; nil for none.
     var commitInterval: Int?
 
@@ -27,6 +29,7 @@ struct CrashLayout: Sendable, CustomTestStringConvertible {
         ["v\(version)", "\(1 << clusterBits) B", "\(1 << refcountOrder)-bit counts"]
             .joined(separator: ", ") + (hasSnapshot ? ", snapshot" : "")
             + (hasDataFile ? (isRaw ? ", raw data file" : ", data file") : "")
+            + (isExtended ? ", subclusters" : "")
             + (hasBacking ? ", backing" : "") + (hasCompressed ? ", compressed" : "")
             + (commitInterval == nil ? "" : ", timer")
     }
@@ -36,12 +39,15 @@ struct CrashLayout: Sendable, CustomTestStringConvertible {
     static let backed: UInt64 = 2
     static let compressed: UInt64 = 3
 
+    /// Some subclusters allocated, some zero, some neither.
+    static let mixed: UInt64 = 0x0000_FF0F << 32 | 0xF00F_0000
+
     /// The image, and what its guest sectors hold, all of it in the snapshot too.
     func build() -> (image: [UInt8], values: [UInt64]) {
         if hasDataFile { return buildWithDataFile() }
         var image = ImageBuilder(
             byteCount: byteCount, version: version, clusterBits: clusterBits,
-            refcountOrder: refcountOrder)
+            refcountOrder: refcountOrder, isExtended: isExtended)
         var values = [UInt64](repeating: hasBacking ? Self.backed : 0, count: sectorCount)
         for cluster in 0..<guestClusters {
             let sectors = cluster * sectorsPerCluster..<(cluster + 1) * sectorsPerCluster
@@ -50,6 +56,16 @@ struct CrashLayout: Sendable, CustomTestStringConvertible {
                 return SectorPattern.bytes(sectors: sectors, value: value)
             }
             switch cluster % 8 {
+            case 1 where isExtended, 5 where isExtended:
+                let bitmap = cluster % 8 == 1 ? 0 : Self.mixed
+                image.write(bytes(Self.stored), guestCluster: cluster)
+                image.setBitmap(bitmap, guestCluster: cluster)
+                for sector in sectors {
+                    let index = UInt64((sector - sectors.lowerBound) * 32 / sectorsPerCluster)
+                    if bitmap >> index & 1 == 1 { continue }
+                    values[sector] =
+                        bitmap >> (index + 32) & 1 == 1 || !hasBacking ? 0 : Self.backed
+                }
             case 0, 5: image.write(bytes(Self.stored), guestCluster: cluster)
             case 2 where hasCompressed, 3 where hasCompressed:
                 image.compress(bytes(Self.compressed), guestCluster: cluster)
@@ -57,8 +73,8 @@ struct CrashLayout: Sendable, CustomTestStringConvertible {
                 _ = bytes(0)
                 image.zero(guestCluster: cluster)
             case 7 where version == 3:
-                let host = image.write(bytes(Self.stored), guestCluster: cluster)
-                image.setEntry(UInt64(host) | 1 << 63 | 1, guestCluster: cluster)
+                image.write(bytes(Self.stored), guestCluster: cluster)
+                image.keepSpaceOnly(guestCluster: cluster)
                 _ = bytes(0)
             default: break
             }
@@ -94,5 +110,15 @@ struct CrashLayout: Sendable, CustomTestStringConvertible {
         CrashLayout(
             clusterBits: 16, refcountOrder: 3, guestClusters: 16, hasBacking: true,
             commitInterval: 2),
+        CrashLayout(clusterBits: 14, guestClusters: 32, hasBacking: true, isExtended: true),
+        CrashLayout(
+            clusterBits: 14, refcountOrder: 1, guestClusters: 32, hasCompressed: true,
+            isExtended: true, commitInterval: 2),
+        CrashLayout(
+            clusterBits: 14, refcountOrder: 0, guestClusters: 32, hasSnapshot: false,
+            hasBacking: true, isExtended: true),
+        CrashLayout(
+            clusterBits: 16, guestClusters: 16, hasBacking: true, isExtended: true,
+            commitInterval: 3),
     ]
 }

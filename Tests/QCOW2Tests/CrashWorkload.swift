@@ -61,7 +61,8 @@ private final class Run: Sendable {
         switch random.number(below: 20) {
         case 0..<10: try change(sectors(&random)) { try self.write($0, value: $1) }
         case 10..<12 where layout.canDiscard:
-            try change(clusters(&random), zeroing: true) { sectors, _ in
+            let range = layout.isExtended ? sectors(&random) : clusters(&random)
+            try change(range, zeroing: true) { sectors, _ in
                 try self.image.discard(self.bytes(sectors))
             }
         case 12..<14:

@@ -17,17 +17,20 @@ struct CreateTests {
         var clusterByteCount: UInt64
         var refcountBits: UInt64
         var preallocation: CreateOptions.Preallocation
+        var hasExtendedL2 = false
 
         var options: CreateOptions {
             var options = CreateOptions()
             options.clusterByteCount = clusterByteCount
             options.refcountBits = refcountBits
             options.preallocation = preallocation
+            options.hasExtendedL2 = hasExtendedL2
             return options
         }
 
         var testDescription: String {
             "\(clusterByteCount) B, \(refcountBits) bits, \(preallocation.rawValue)"
+                + (hasExtendedL2 ? ", subclusters" : "")
         }
 
         static let all: [Kind] = [512, 4096, 65536, 2 << 20].flatMap { clusterByteCount in
@@ -39,11 +42,19 @@ struct CreateTests {
                 }
             }
         }
+
+        static let extended: [Kind] = [16384, 65536, 2 << 20].flatMap { clusterByteCount in
+            [.off, .metadata, .falloc, .full].map {
+                Kind(
+                    clusterByteCount: clusterByteCount, refcountBits: 16, preallocation: $0,
+                    hasExtendedL2: true)
+            }
+        }
     }
 
     @Test(
         "qemu-img finds no fault with a new image", .enabled(if: QemuImg.isThere),
-        arguments: Kind.all)
+        arguments: Kind.all + Kind.extended)
     func clean(kind: Kind) throws {
         try Image.create(at: image, size: 5_000_000, options: kind.options)
         let check = try QemuImg.check(image)
@@ -55,6 +66,30 @@ struct CreateTests {
         if kind.preallocation == .falloc || kind.preallocation == .full {
             #expect(info.allocatedByteCount >= info.virtualByteCount)
         }
+    }
+
+    @Test(
+        "A preallocated image with subclusters shows its backing file",
+        .enabled(if: QemuImg.isThere))
+    func preallocatedOverBacking() throws {
+        let base = try folder.write([UInt8](repeating: 0xBB, count: 300_000), to: "base.raw")
+        var options = CreateOptions()
+        options.hasExtendedL2 = true
+        options.preallocation = .metadata
+        options.backingFile = "base.raw"
+        options.backingFormat = "raw"
+        try Image.create(at: image, size: nil, options: options)
+        let check = try QemuImg.check(image)
+        #expect(check.status == 0, "\(check)")
+        #expect(try QemuImg.difference(base, image) == nil)
+        let opened = try Image.open(image)
+        #expect(try opened.bytes(0..<300_000).allSatisfy { $0 == 0xBB })
+        try opened.write([1], at: 100_000)
+        try opened.close()
+        #expect(try QemuImg.check(image).status == 0)
+        let both = try TestFile(base, 2)
+        try both.write([1], at: 100_000)
+        #expect(try QemuImg.difference(base, image) == nil)
     }
 
     @Test("On a device that held something else, the disk is empty all the same")

@@ -112,7 +112,7 @@ struct HeaderValidationTests {
         Case("incompatible bit 5", .unsupported) { $0.put(UInt64(32), at: 72) },
         Case("incompatible bit 63", .unsupported) { $0.put(UInt64(1) << 63, at: 72) },
         Case("an external data file", .refused) { $0.put(UInt64(4), at: 72) },
-        Case("extended L2 entries", .unsupported) { $0.put(UInt64(16), at: 72) },
+        Case("extended L2 entries", .opens) { $0.put(UInt64(16), at: 72) },
         Case("unknown compatible bits", .opens) { $0.put(UInt64.max & ~1, at: 80) },
         // Row 8: the corrupt bit.
         Case("corrupt, to be written", .markedCorrupt) { $0.put(UInt64(2), at: 72) },
@@ -223,9 +223,6 @@ struct HeaderValidationTests {
     }
 
     static let refusals = [
-        Refusal(testDescription: "extended L2 entries", feature: .extendedL2) {
-            with { $0.incompatibleFeatures = 16 }
-        },
         Refusal(testDescription: "AES", feature: .encryption(method: 1)) {
             var bytes = image().build()
             bytes.put(UInt32(1), at: 32)

@@ -8,6 +8,8 @@ package struct ImageBuilder {
     package let clusterBits: Int
     package let byteCount: Int
     package let refcountOrder: Int
+    /// Whether L2 entries have a second word, for 32 subclusters.
+    package let isExtended: Bool
     package var compressionType: UInt8 = 0
     package var headerLength = 112
     package var incompatibleFeatures: UInt64 = 0
@@ -24,7 +26,9 @@ package struct ImageBuilder {
     private var streamEnd = 0
 
     package var clusterSize: Int { 1 << clusterBits }
-    package var entriesPerTable: Int { clusterSize / 8 }
+    package var entrySize: Int { isExtended ? 16 : 8 }
+    package var entriesPerTable: Int { clusterSize / entrySize }
+    package var subclusterSize: Int { clusterSize / 32 }
     package var guestClusterCount: Int { (byteCount + clusterSize - 1) / clusterSize }
 
     static let copied: UInt64 = 1 << 63
@@ -32,14 +36,16 @@ package struct ImageBuilder {
     /// An empty image of `byteCount` guest bytes; version 2 always has 16-bit counts.
     package init(
         byteCount: Int, version: UInt32 = 3, clusterBits: Int = 16, refcountOrder: Int = 4,
-        extraL1Entries: Int = 0
+        extraL1Entries: Int = 0, isExtended: Bool = false
     ) {
         self.version = version
         self.clusterBits = clusterBits
         self.byteCount = byteCount
         self.refcountOrder = version == 2 ? 4 : refcountOrder
+        self.isExtended = isExtended
+        incompatibleFeatures = isExtended ? 16 : 0
         let clusterSize = 1 << clusterBits
-        let coverage = clusterSize * (clusterSize / 8)
+        let coverage = clusterSize * (clusterSize / (isExtended ? 16 : 8))
         l1EntryCount = (byteCount + coverage - 1) / coverage + extraL1Entries
         l1Offset = clusterSize
         file = [UInt8](repeating: 0, count: clusterSize)
@@ -86,12 +92,17 @@ package struct ImageBuilder {
             table = own
             file.put(UInt64(own) | Self.copied, at: slot)
         }
-        return table + guestCluster % entriesPerTable * 8
+        return table + guestCluster % entriesPerTable * entrySize
     }
 
     /// Stores a raw L2 entry; counts are the caller's business.
     package mutating func setEntry(_ raw: UInt64, guestCluster: Int) {
         file.put(raw, at: entryOffset(guestCluster))
+    }
+
+    /// Stores the second word of an extended entry.
+    package mutating func setBitmap(_ bitmap: UInt64, guestCluster: Int) {
+        file.put(bitmap, at: entryOffset(guestCluster) + 8)
     }
 
     /// Gives a guest cluster a host cluster of its own with `bytes` in it, and says where.
@@ -106,6 +117,7 @@ package struct ImageBuilder {
         let host = allocate(byteCount: clusterSize)
         file.put(bytes, at: host)
         file.put(UInt64(host) | Self.copied, at: entry)
+        if isExtended { file.put(UInt64(UInt32.max), at: entry + 8) }
         return host
     }
 
@@ -115,14 +127,24 @@ package struct ImageBuilder {
         write([UInt8](repeating: byte, count: clusterSize), guestCluster: guestCluster)
     }
 
-    package mutating func zero(guestCluster: Int) { setEntry(1, guestCluster: guestCluster) }
+    package mutating func zero(guestCluster: Int) {
+        if isExtended { return setBitmap(~0 << 32, guestCluster: guestCluster) }
+        setEntry(1, guestCluster: guestCluster)
+    }
 
     /// A zero cluster that keeps a host cluster, with `garbage` in it.
     @discardableResult
     package mutating func zeroAllocated(guestCluster: Int, garbage: UInt8 = 0xEE) -> Int {
         let host = fill(garbage, guestCluster: guestCluster)
-        setEntry(UInt64(host) | Self.copied | 1, guestCluster: guestCluster)
+        keepSpaceOnly(guestCluster: guestCluster)
         return host
+    }
+
+    /// Makes a data cluster a zero cluster that keeps its host cluster.
+    package mutating func keepSpaceOnly(guestCluster: Int) {
+        if isExtended { return setBitmap(~0 << 32, guestCluster: guestCluster) }
+        let entry = entryOffset(guestCluster)
+        file.put(file.number(at: entry, as: UInt64.self) | 1, at: entry)
     }
 
     /// Stores a guest cluster as a compressed stream behind the last one.
@@ -170,7 +192,7 @@ package struct ImageBuilder {
             file.put(UInt64(l2), at: slot)
             file.put(UInt64(l2), at: table + index * 8)
             count(l2..<l2 + clusterSize, by: 1)
-            for position in 0..<entriesPerTable { share(entryAt: l2 + position * 8) }
+            for position in 0..<entriesPerTable { share(entryAt: l2 + position * entrySize) }
         }
         snapshots.append(snapshotEntry(table, name, extraLength))
         // The next stream must not be appended to what the snapshot keeps.

@@ -85,7 +85,7 @@ extension ReferenceReader {
             if table.isActive, raw & Self.copied != 0 {
                 audit.copied.append((offset >> clusterBits, "L1 entry \(index)"))
             }
-            walkL2(offset, first: index * entriesPerTable, in: table, name, &audit)
+            walkL2(offset, first: index * entriesPerL2Table, in: table, name, &audit)
         }
     }
 
@@ -93,11 +93,17 @@ extension ReferenceReader {
         _ offset: Int, first: Int, in table: L1Table, _ name: String, _ audit: inout Audit
     ) {
         guard offset < bytes.count else { return }
-        for index in 0..<entriesPerTable {
-            let raw = number(offset + index * 8)
-            if raw == 0 || raw == 1 && version == 3 { continue }
+        for index in 0..<entriesPerL2Table {
+            let raw = number(offset + index * entrySize)
+            let bitmap = isExtended ? number(offset + index * entrySize + 8) : 0
+            if bitmap == 0, raw == 0 || raw == 1 && version == 3 { continue }
             do throws(Fault) {
-                switch try entry(raw, ofGuestCluster: first + index) {
+                // What the bitmap says is for the reader: a host cluster counts whatever it shows.
+                if isExtended { _ = try entry(raw, bitmap, subcluster: 0) }
+                let isStream = raw >> 62 & 1 == 1
+                switch try entry(
+                    isExtended && !isStream ? raw & ~1 : raw, ofGuestCluster: first + index)
+                {
                 case .unallocated, .zeroPlain: continue
                 case .normal where dataFile != nil, .zeroAllocated where dataFile != nil:
                     // Nothing counts a data file's clusters, so each is its entry's alone.

@@ -9,14 +9,14 @@ extension ReferenceReader {
         backing: Backing? = nil
     ) throws(Fault) {
         let table = table ?? active
+        let unit = isExtended ? clusterSize / 32 : clusterSize
         var done = 0
         while done < buffer.count {
             let position = offset + done
             let within = position % clusterSize
-            let count = min(clusterSize - within, buffer.count - done)
+            let count = min(unit - within % unit, buffer.count - done)
             let part = UnsafeMutableRawBufferPointer(rebasing: buffer[done..<done + count])
-            let raw = try rawEntry(forGuestCluster: position / clusterSize, in: table)
-            switch try entry(raw, ofGuestCluster: position / clusterSize) {
+            switch try entry(at: position, in: table) {
             case .unallocated:
                 if let backing { try backing(position, part) } else { part.fillZero() }
             case .zeroPlain, .zeroAllocated: part.fillZero()
@@ -43,9 +43,23 @@ extension ReferenceReader {
         return bytes
     }
 
+    /// What the entry of guest offset `position` says of it.
+    private func entry(at position: Int, in table: L1Table) throws(Fault) -> Entry {
+        let cluster = position / clusterSize
+        let raw = try rawEntry(forGuestCluster: cluster, in: table)
+        guard isExtended else { return try entry(raw, ofGuestCluster: cluster) }
+        let found = try entry(
+            raw, bitmap(forGuestCluster: cluster, in: table),
+            subcluster: position % clusterSize / (clusterSize / 32))
+        return try checked(found, ofGuestCluster: cluster)
+    }
+
     /// What the entry of a guest cluster says: in a data file each has its own place.
     package func entry(_ raw: UInt64, ofGuestCluster cluster: Int) throws(Fault) -> Entry {
-        let entry = try entry(raw)
+        try checked(try entry(raw), ofGuestCluster: cluster)
+    }
+
+    private func checked(_ entry: Entry, ofGuestCluster cluster: Int) throws(Fault) -> Entry {
         guard dataFile != nil else { return entry }
         switch entry {
         case .compressed: throw Fault("guest cluster \(cluster) is compressed, in a data file")
@@ -56,9 +70,21 @@ extension ReferenceReader {
         }
     }
 
-    /// The L2 entry of a guest cluster; 0 where there is no table.
+    /// The L2 entry of a guest cluster, an extended one's first word; 0 where there is no table.
     package func rawEntry(forGuestCluster cluster: Int, in table: L1Table) throws(Fault) -> UInt64 {
-        let index = cluster / entriesPerTable
+        let offset = try entryOffset(cluster, in: table)
+        return offset == 0 ? 0 : number(offset)
+    }
+
+    /// An extended L2 entry's second word.
+    package func bitmap(forGuestCluster cluster: Int, in table: L1Table) throws(Fault) -> UInt64 {
+        let offset = try entryOffset(cluster, in: table)
+        return offset == 0 ? 0 : number(offset + 8)
+    }
+
+    /// Where the entry of a guest cluster lies; 0 where there is no table.
+    private func entryOffset(_ cluster: Int, in table: L1Table) throws(Fault) -> Int {
+        let index = cluster / entriesPerL2Table
         guard index < table.entryCount else { return 0 }
         let pointer = number(table.offset + index * 8)
         guard pointer & 0x7f00_0000_0000_01ff == 0 else {
@@ -68,7 +94,7 @@ extension ReferenceReader {
         guard offset % clusterSize == 0 else {
             throw Fault("L1 entry \(hex(pointer)) is not aligned to \(clusterSize)")
         }
-        return offset == 0 ? 0 : number(offset + cluster % entriesPerTable * 8)
+        return offset == 0 ? 0 : offset + cluster % entriesPerL2Table * entrySize
     }
 
     private func copy(from host: Int, into part: UnsafeMutableRawBufferPointer) {

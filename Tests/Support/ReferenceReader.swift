@@ -64,6 +64,10 @@ package struct ReferenceReader {
     package var clusterSize: Int { 1 << clusterBits }
     package var refcountBits: Int { 1 << refcountOrder }
     package var entriesPerTable: Int { clusterSize / 8 }
+    /// Whether an L2 entry has a second word, for 32 subclusters.
+    package var isExtended: Bool { incompatibleFeatures & 16 != 0 }
+    package var entrySize: Int { isExtended ? 16 : 8 }
+    package var entriesPerL2Table: Int { clusterSize / entrySize }
     package var fileClusterCount: Int { (bytes.count + clusterSize - 1) / clusterSize }
 
     static let offsetMask: UInt64 = 0x00ff_ffff_ffff_fe00
@@ -108,7 +112,7 @@ package struct ReferenceReader {
         headerLength = isNew ? Int(field(100, UInt32.self)) : 72
         compressionType = isNew && headerLength > 104 ? field(104, UInt8.self) : 0
         guard refcountOrder <= 6 else { throw Fault("refcount order \(refcountOrder)") }
-        guard incompatibleFeatures & ~0b1111 == 0 else {
+        guard incompatibleFeatures & ~0b11111 == 0 else {
             throw Fault("incompatible features \(incompatibleFeatures) are not read here")
         }
         guard (incompatibleFeatures & 4 != 0) == (dataFile != nil) else {
@@ -207,33 +211,6 @@ package struct ReferenceReader {
         case 5: return UInt64(bytes.number(at: block + index * 4, as: UInt32.self))
         default: return bytes.number(at: block + index * 8, as: UInt64.self)
         }
-    }
-
-    package func entry(_ raw: UInt64) throws(Fault) -> Entry {
-        if raw >> 62 & 1 == 1 { return try compressed(raw) }
-        guard raw & 0x3f00_0000_0000_01fe == 0 else {
-            throw Fault("L2 entry \(hex(raw)) has reserved bits set")
-        }
-        let offset = Int(raw & Self.offsetMask)
-        guard offset % clusterSize == 0 else {
-            throw Fault("L2 entry \(hex(raw)) is not aligned to \(clusterSize)")
-        }
-        guard raw & 1 == 0 else {
-            guard version == 3 else { throw Fault("L2 entry \(hex(raw)): zero flag in version 2") }
-            return offset == 0 ? .zeroPlain : .zeroAllocated(offset)
-        }
-        // COPIED alone is the first cluster of a data file.
-        if offset == 0, raw != Self.copied || dataFile == nil { return .unallocated }
-        return .normal(offset)
-    }
-
-    private func compressed(_ raw: UInt64) throws(Fault) -> Entry {
-        guard raw >> 63 == 0 else { throw Fault("compressed entry \(hex(raw)) is COPIED") }
-        let split = 62 - (clusterBits - 8)
-        let offset = raw & ((1 << split) - 1)
-        guard offset < 1 << 56 else { throw Fault("compressed entry \(hex(raw)) is absurd") }
-        let sectors = Int(raw >> split & ((1 << (clusterBits - 8)) - 1)) + 1
-        return .compressed(Int(offset), byteCount: sectors * 512 - Int(offset & 511))
     }
 }
 

@@ -12,21 +12,30 @@ struct Combination: RandomRunSubject, Hashable, CustomTestStringConvertible {
         case zstd = "compressed zstd"
         case snapshots = "with snapshots"
         case zeroClusters = "zero clusters"
+        case longerRawBacking = "longer raw backing"
+
+        /// Those that every kind of plain image is tried with.
+        static let standard = allCases.filter { $0 != .longerRawBacking }
     }
 
     let clusterSize: Int
     let version: Int
     let refcountBits: Int
     let content: Content
+    /// Whether L2 entries have 32 subclusters.
+    var isExtended = false
+    /// Whether all clusters have space from the start, in an extended image whatever is below.
+    var isPreallocated = false
 
     var testDescription: String {
         "\(clusterSize) B, v\(version), \(refcountBits)-bit counts, \(content.rawValue)"
+            + (isExtended ? ", subclusters" : "") + (isPreallocated ? ", preallocated" : "")
     }
 
     static let every: [Combination] = [512, 4096, 65536, 2 << 20].flatMap { clusterSize in
         [2, 3].flatMap { version in
             [1, 8, 16, 64].flatMap { refcountBits in
-                Content.allCases.map {
+                Content.standard.map {
                     Combination(
                         clusterSize: clusterSize, version: version, refcountBits: refcountBits,
                         content: $0)
@@ -36,6 +45,20 @@ struct Combination: RandomRunSubject, Hashable, CustomTestStringConvertible {
     }
 
     static let allowed = every.filter { $0.exclusion == nil }
+
+    /// Images with subclusters, of every kind, and some with space for all of them.
+    static let extended: [Combination] = [16384, 65536, 2 << 20].flatMap { clusterSize in
+        Content.allCases.map {
+            Combination(
+                clusterSize: clusterSize, version: 3, refcountBits: 16, content: $0,
+                isExtended: true)
+        }
+            + [.plain, .qcow2Backing, .longerRawBacking].map {
+                Combination(
+                    clusterSize: clusterSize, version: 3, refcountBits: 16, content: $0,
+                    isExtended: true, isPreallocated: true)
+            }
+    }
 
     /// Why the format does not allow this combination; nil where it does.
     var exclusion: String? {
@@ -53,6 +76,12 @@ struct Combination: RandomRunSubject, Hashable, CustomTestStringConvertible {
             "cluster_size=\(clusterSize)", "compat=\(version == 2 ? "0.10" : "1.1")",
             "refcount_bits=\(refcountBits)",
         ] + (content == .zstd ? ["compression_type=zstd"] : [])
+            + (isExtended ? ["extended_l2=on"] : [])
+    }
+
+    /// Options of the top layer only.
+    private var topOptions: [String] {
+        options + (isPreallocated ? ["preallocation=metadata"] : [])
     }
 
     /// Bytes of the disk: some clusters, and a last one that is not whole where that can be.
@@ -60,6 +89,7 @@ struct Combination: RandomRunSubject, Hashable, CustomTestStringConvertible {
         switch clusterSize {
         case 512: 640.KiB
         case 4096: 4.MiB + 1536
+        case 16384: 8.MiB + 1536
         case 65536: 20.MiB + 1536
         default: 40.MiB + 1536
         }
@@ -83,21 +113,17 @@ extension Combination {
         var snapshots: [String: ReferenceDisk] = [:]
         switch content {
         case .plain:
-            try QemuImg.create(image, size: byteCount, options: options)
+            try QemuImg.create(image, size: byteCount, options: topOptions)
             try QemuImg.io(image, writes(&random))
         case .qcow2Backing:
             try overlay(image, over: [folder.file("base.qcow2")], &random)
         case .chainOfFive:
             try overlay(image, over: (1...4).map { folder.file("base\($0).qcow2") }, &random)
         case .shorterRawBacking:
-            let base = folder.file("base.raw")
-            let disk = ReferenceDisk(byteCount: byteCount * 5 / 8 / 512 * 512 + 100)
-            for _ in 0..<40 { disk.scribble(&random, upTo: clusterSize * 2) }
-            try disk.save(to: base)
-            try QemuImg.create(
-                image, size: byteCount, options: options, backing: "base.raw",
-                backingFormat: "raw")
-            try QemuImg.io(image, writes(&random))
+            let shorter = byteCount * 5 / 8 / 512 * 512 + 100
+            try overlay(image, overRawOf: shorter, in: folder, &random)
+        case .longerRawBacking:
+            try overlay(image, overRawOf: byteCount + 3.MiB, in: folder, &random)
         case .zlib, .zstd:
             let disk = ReferenceDisk(byteCount: byteCount)
             for _ in 0..<60 { disk.scribble(&random, upTo: clusterSize * 3) }
@@ -129,6 +155,19 @@ extension Combination {
         return try ReferenceDisk(contentsOf: raw)
     }
 
+    private func overlay(
+        _ image: String, overRawOf size: Int, in folder: TemporaryDirectory,
+        _ random: inout RepeatableRandom
+    ) throws {
+        let disk = ReferenceDisk(byteCount: size)
+        for _ in 0..<40 { disk.scribble(&random, upTo: clusterSize * 2) }
+        try disk.save(to: folder.file("base.raw"))
+        try QemuImg.create(
+            image, size: byteCount, options: topOptions, backing: "base.raw",
+            backingFormat: "raw")
+        try QemuImg.io(image, writes(&random))
+    }
+
     /// A chain, lowest layer first, with `image` on top; the layers differ in size.
     private func overlay(
         _ image: String, over layers: [String], _ random: inout RepeatableRandom
@@ -139,7 +178,8 @@ extension Combination {
             let size = layer == image || index % 2 == 0 ? byteCount : byteCount * 3 / 4 / 512 * 512
             try QemuImg.create(
                 layer, size: size,
-                options: layer == image || index % 2 == 1 ? options : ["cluster_size=4096"],
+                options: layer == image
+                    ? topOptions : index % 2 == 1 ? options : ["cluster_size=4096"],
                 backing: below.map { String($0.split(separator: "/").last!) })
             try QemuImg.io(layer, writes(&random, size: size))
             below = layer

@@ -130,6 +130,8 @@ struct ImageVerbTests {
             [], ["-f", "qcow2"], ["-o", "compat=0.10,cluster_size=512"],
             ["-o", "compat=v3", "-o", "refcount_bits=1,lazy_refcounts=on"],
             ["-o", "compression_type=zstd,cluster_size=2M"], ["-o", "preallocation=metadata"],
+            ["-o", "extended_l2=on"], ["-o", "extended_l2=on,cluster_size=16k"],
+            ["-o", "extended_l2=on,preallocation=metadata"],
         ])
     func create(options: [String]) throws {
         let program = TestEnvironment.program
@@ -152,7 +154,8 @@ struct ImageVerbTests {
             ["DISK"], ["-b", "base", "DISK"], ["-F", "raw", "DISK", "1M"],
             ["-o", "foo=bar", "DISK", "1M"], ["-o", "size=1M", "DISK", "1M"],
             ["-o", "cluster_size=1000", "DISK", "1M"], ["-o", "compat=0.9", "DISK", "1M"],
-            ["-o", "extended_l2=on,cluster_size=4k", "DISK", "1M"],
+            ["-o", "extended_l2=on,cluster_size=8k", "DISK", "1M"],
+            ["-o", "extended_l2=on,compat=0.10", "DISK", "1M"],
             ["-o", "data_file_raw=on", "DISK", "1M"],
             ["-o", "data_file=disk.qcow2", "DISK", "1M"],
             ["-o", "data_file=x,compat=v2", "DISK", "1M"],

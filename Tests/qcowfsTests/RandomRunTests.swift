@@ -18,6 +18,18 @@ struct RandomRunTests {
     }
 
     @Test(
+        "So does a disk with subclusters", .enabledWhereMountable,
+        arguments: Combination.extended)
+    func equalsModelWithSubclusters(_ combination: Combination) throws {
+        let seed = TestEnvironment.seed + 3
+        do {
+            try RandomRun(combination: combination, seed: seed).run()
+        } catch {
+            Issue.record("\(combination.testDescription), seed \(seed): \(error)")
+        }
+    }
+
+    @Test(
         "So does a disk mounted with --writeback on", .enabledWhereMountable,
         arguments: Combination.allowed.filter { $0.refcountBits == 16 && $0.version == 3 })
     func equalsModelWithWriteback(_ combination: Combination) throws {

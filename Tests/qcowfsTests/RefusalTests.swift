@@ -17,13 +17,6 @@ struct RefusalTests {
             image, in: folder, options: options, naming: words, sourceLocation: sourceLocation)
     }
 
-    @Test("extended L2 entries")
-    func extendedL2() throws {
-        try refuses(naming: ["disk.qcow2", "extended L2"]) {
-            try QemuImg.create($1, size: 1.MiB, options: ["extended_l2=on"])
-        }
-    }
-
     @Test("LUKS encryption")
     func luks() throws {
         try refuses(naming: ["disk.qcow2", "LUKS"]) { _, image in

@@ -63,8 +63,7 @@ extension Image {
     ) throws(ImageError) -> Bool {
         let held = ranges.lockExclusive(range.lowerBound, range.upperBound &- range.lowerBound)
         defer { ranges.unlock(held) }
-        let kind = try map.extent(at: range.lowerBound, limit: 1).kind
-        guard kind == .data || kind == .compressed else { return false }
+        guard try holdsData(clusterAt: range.lowerBound) else { return false }
         // Version 2 cannot hide a backing file: the zeros are needed.
         if map.version == 2, range.lowerBound < backingEnd { return false }
         let isZero = try writing.scratch.withBuffer { scratch throws(ImageError) in
@@ -80,5 +79,15 @@ extension Image {
         }
         if isZero { try zeroClusters(range, .unmapping, writing) }
         return isZero
+    }
+
+    /// Whether the image itself stores bytes of the cluster.
+    private func holdsData(clusterAt offset: UInt64) throws(ImageError) -> Bool {
+        if map.isExtended {
+            let entry = try map.entry(of: offset &>> map.clusterBits)
+            return entry.isCompressed || entry.subclusters.allocated != 0
+        }
+        let kind = try map.extent(at: offset, limit: 1).kind
+        return kind == .data || kind == .compressed
     }
 }

@@ -1,17 +1,24 @@
-/// One standard (8-byte) entry of an L2 table, the cluster descriptor.
+/// One entry of an L2 table: the cluster descriptor, and in an extended (16-byte) entry what its
+/// subclusters are.
 ///
 /// | bit 62 = 0 | bits  | meaning                                                        |
 /// |------------|-------|----------------------------------------------------------------|
-/// |            | 0     | reads as zeros (version 3)                                     |
+/// |            | 0     | reads as zeros (version 3); no meaning in an extended entry    |
 /// |            | 1–8   | reserved, 0                                                    |
 /// |            | 9–55  | host offset of the cluster, aligned; 0: none                   |
 /// |            | 56–61 | reserved, 0                                                    |
 /// |            | 63    | COPIED: the cluster has exactly one reference                  |
 /// | bit 62 = 1 |       | compressed, see `CompressedDescriptor`; COPIED is 0            |
 package struct L2Entry: Equatable, Sendable {
+    /// The cluster descriptor.
     package var bits: UInt64
+    /// The second word of an extended entry, `.none` in a standard one.
+    package var subclusters: SubclusterBitmap
 
-    @inline(__always) package init(bits: UInt64) { self.bits = bits }
+    @inline(__always) package init(bits: UInt64, subclusters: SubclusterBitmap = .none) {
+        self.bits = bits
+        self.subclusters = subclusters
+    }
 
     static let copied: UInt64 = 1 << 63
     static let compressed: UInt64 = 1 << 62
@@ -23,7 +30,7 @@ package struct L2Entry: Equatable, Sendable {
 
     /// A data cluster at `offset` that has exactly one reference.
     @inline(__always) package init(copiedClusterAt offset: UInt64) {
-        bits = offset | L2Entry.copied
+        self.init(bits: offset | L2Entry.copied)
     }
 
     @inline(__always) package var offset: UInt64 { bits & L2Entry.offsetMask }
@@ -39,9 +46,11 @@ package struct L2Entry: Equatable, Sendable {
     }
 
     /// The same entry in a table that is, or may be, shared.
-    @inline(__always) package var withoutCopied: L2Entry { L2Entry(bits: bits & ~L2Entry.copied) }
-    package func withCopied(_ isCopied: Bool) -> L2Entry {
-        L2Entry(bits: isCopied ? bits | L2Entry.copied : bits & ~L2Entry.copied)
+    @inline(__always) package var withoutCopied: L2Entry { withCopied(false) }
+    @inline(__always) package func withCopied(_ isCopied: Bool) -> L2Entry {
+        L2Entry(
+            bits: isCopied ? bits | L2Entry.copied : bits & ~L2Entry.copied,
+            subclusters: subclusters)
     }
     @inline(__always) package var withZeroFlag: L2Entry { L2Entry(bits: bits | L2Entry.zero) }
 }
@@ -89,7 +98,7 @@ package enum ClusterKind: UInt8, Sendable {
 }
 
 extension L2Entry {
-    /// What the entry means; a bad one is `.corrupt`.
+    /// What a standard entry means; a bad one is `.corrupt`.
     /// - Parameter clusterMask: the cluster size in bytes, less 1.
     @inline(__always)
     package func kind(clusterMask: UInt64, version: UInt32) -> ClusterKind {
@@ -121,11 +130,17 @@ extension L2Entry {
     }
 
     /// Why `kind` is `.corrupt`.
-    package func fault(clusterByteCount: UInt64, version: UInt32) -> String {
+    package func fault(clusterByteCount: UInt64, version: UInt32, isExtended: Bool) -> String {
         let entry = "L2 entry \(hex(bits))"
-        if isCompressed { return "\(entry) is compressed and marked COPIED" }
+        if isCompressed, isCopied { return "\(entry) is compressed and marked COPIED" }
+        if isCompressed { return "\(entry) is compressed and has a subcluster bitmap" }
         if offset & (clusterByteCount &- 1) != 0 {
             return "\(entry) points inside a cluster (clusters are \(clusterByteCount) bytes)"
+        }
+        if isExtended {
+            return offset == 0
+                ? "\(entry) has allocated subclusters and no host cluster"
+                : "\(entry) has a subcluster that is allocated and zero at once"
         }
         return "\(entry) has the zero flag, which version \(version) does not know"
     }

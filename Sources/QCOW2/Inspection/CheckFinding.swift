@@ -15,6 +15,9 @@ public enum CheckFinding: Sendable, Equatable {
     case compressedAndCopied(entry: UInt64)
     case compressedWithDataFile(entry: UInt64)
     case snapshotsWithDataFile(count: UInt32)
+    case compressedWithBitmap(entry: UInt64, bitmap: UInt64)
+    case subclustersClash(entry: UInt64, bitmap: UInt64)
+    case subclustersWithoutCluster(bitmap: UInt64)
     case dataMisaligned(entry: UInt64)
     case zeroMisaligned(entry: UInt64)
     case bitmapDirectory(FormatError)
@@ -101,6 +104,12 @@ extension CheckFinding: CustomStringConvertible {
             "L2 entry \(hex(entry)) is compressed, which an external data file excludes"
         case .snapshotsWithDataFile(let count):
             "\(count) snapshots, which an external data file excludes"
+        case .compressedWithBitmap(let entry, let bitmap):
+            "L2 entry \(hex(entry)) is compressed and has a subcluster bitmap (\(hex(bitmap)))"
+        case .subclustersClash(let entry, let bitmap):
+            "L2 entry \(hex(entry)): a subcluster is allocated and zero at once (\(hex(bitmap)))"
+        case .subclustersWithoutCluster(let bitmap):
+            "an L2 entry has allocated subclusters (\(hex(bitmap))) and no host cluster"
         case .dataMisaligned(let entry): "L2 entry \(hex(entry)) points inside a cluster"
         case .zeroMisaligned(let entry):
             "L2 entry \(hex(entry)) reads as zeros and points inside a cluster"

@@ -19,12 +19,12 @@ package struct ReferenceWalk {
     /// Bytes of the file.
     let fileByteCount: UInt64
     let report: (CheckFinding) -> Void
-    private let tableRead: () -> Void
-    private let clusterByteCount: UInt64
+    let tableRead: () -> Void
+    let clusterByteCount: UInt64
     private let maximum: UInt64
 
     /// - Parameters:
-    ///   - header: The header of the image on `device`; it has standard L2 entries and no
+    ///   - header: The header of the image on `device`; it has no
     ///     encryption.
     ///   - tableRead: Called for each L2 table.
     package init(
@@ -78,7 +78,7 @@ package struct ReferenceWalk {
     // MARK: Tables
 
     /// Reads `entryCount` big-endian entries and calls `body` with each that is not zero.
-    private func forEachEntry(
+    func forEachEntry(
         at offset: UInt64, entryCount: UInt64,
         _ body: (_ index: UInt64, _ entry: UInt64) throws(ImageError) -> Void
     ) throws(ImageError) {
@@ -144,10 +144,11 @@ package struct ReferenceWalk {
     private mutating func count(_ entry: L2Entry, isActive: Bool, expected: inout UInt64?) {
         if entry.isCompressed { return countCompressed(entry, isActive: isActive) }
         if entry.reservedBits != 0 { report(.l2EntryReserved(entry: entry.bits)) }
+        checkSubclusters(of: entry)
         guard entry.offset != 0 || header.hasDataFile && entry.showsData else { return }
         if entry.offset & (clusterByteCount &- 1) != 0 {
             report(
-                entry.hasZeroFlag
+                entry.hasZeroFlag && !isExtended
                     ? .zeroMisaligned(entry: entry.bits) : .dataMisaligned(entry: entry.bits))
         }
         if isActive {
@@ -159,45 +160,27 @@ package struct ReferenceWalk {
         if !header.hasDataFile { count(entry.offset, clusterByteCount) }
     }
 
+    private func checkSubclusters(of entry: L2Entry) {
+        let bitmap = entry.subclusters
+        if !entry.hasCluster(inDataFile: header.hasDataFile), bitmap.allocated != 0 {
+            report(.subclustersWithoutCluster(bitmap: bitmap.bits))
+        } else if bitmap.clashes {
+            report(.subclustersClash(entry: entry.bits, bitmap: bitmap.bits))
+        }
+    }
+
     private mutating func countCompressed(_ entry: L2Entry, isActive: Bool) {
         if entry.isCopied { report(.compressedAndCopied(entry: entry.bits)) }
         if header.hasDataFile { return report(.compressedWithDataFile(entry: entry.bits)) }
+        if entry.subclusters != .none {
+            report(.compressedWithBitmap(entry: entry.bits, bitmap: entry.subclusters.bits))
+        }
         let stream = CompressedDescriptor(entry, clusterBits: header.clusterBits)
         count(stream.offset, UInt64(stream.byteCount))
         guard isActive else { return }
         figures.allocated += 1
         figures.fragmented += 1
         figures.compressed += 1
-    }
-
-    /// L2 tables that `run()` and a second look at the active ones read, at most.
-    func tableCount() throws(ImageError) -> UInt64 {
-        let snapshots = try header.readSnapshots(from: device).snapshots
-        // At most 65536 snapshots with 2^32 entries each.
-        return snapshots.reduce(2 * UInt64(try activeL1Entries().count)) {
-            $0 + UInt64($1.l1EntryCount)
-        }
-    }
-
-    /// The entries of the active L1 table that are not zero, with their places in it.
-    func activeL1Entries() throws(ImageError) -> [(index: UInt64, entry: L1Entry)] {
-        var entries: [(UInt64, L1Entry)] = []
-        try forEachEntry(at: header.l1Offset, entryCount: UInt64(header.l1EntryCount)) {
-            entries.append(($0, L1Entry(bits: $1)))
-        }
-        return entries
-    }
-
-    /// The entries of an L2 table that are not zero.
-    func l2Entries(at offset: UInt64) throws(ImageError) -> [L2Entry] {
-        tableRead()
-        // Past the end everything is zero; a hostile L1 table can ask for that very often.
-        guard offset < fileByteCount else { return [] }
-        var entries: [L2Entry] = []
-        try forEachEntry(at: offset, entryCount: clusterByteCount / 8) {
-            entries.append(L2Entry(bits: $1))
-        }
-        return entries
     }
 
     // MARK: Snapshots and bitmaps

@@ -16,7 +16,13 @@ package final class ClusterMap: Sendable {
     let clusterMask: UInt64
     /// Whether guest data lies in an external data file, at host offsets that are guest offsets.
     package let hasDataFile: Bool
-    /// Entries of a slice, as a power of two, and slices of a table.
+    /// Whether entries have a second word, for subclusters.
+    let isExtended: Bool
+    /// Bytes of an entry, as a power of two.
+    let entryBits: UInt64
+    /// Bytes of what is allocated at once: a subcluster, or a cluster where there are none.
+    let subclusterBits: UInt64
+    /// Entries of a slice, as a power of two.
     let sliceBits: UInt64
     let cache: SliceCache
     /// The live L1 table; replaced only while every range lock is held.
@@ -60,12 +66,15 @@ package final class ClusterMap: Sendable {
         self.file = file
         version = header.version
         clusterBits = UInt64(header.clusterBits)
-        tableBits = clusterBits &- 3
+        isExtended = header.incompatibleFeatures.contains(.extendedL2)
+        entryBits = isExtended ? 4 : 3
+        subclusterBits = isExtended ? clusterBits &- SubclusterBitmap.countBits : clusterBits
+        tableBits = clusterBits &- entryBits
         clusterMask = header.clusterByteCount &- 1
         hasDataFile = header.hasDataFile
-        sliceBits = min(tableBits, 9)
+        sliceBits = min(tableBits, 12 &- entryBits)
         cache = SliceCache(
-            entryBits: Int(sliceBits),
+            wordBits: Int(sliceBits &+ entryBits &- 3), entryWordBits: Int(entryBits &- 3),
             byteCount: min(cacheByteCount, max(Int(header.l1EntryCount), 1) << Int(clusterBits)))
         state = Monitor(State(marks: Array(repeating: [], count: cache.slotCount)))
         // Read before there is a place for it: `deinit` destroys what stands in that place.
@@ -83,8 +92,11 @@ package final class ClusterMap: Sendable {
         tableBits = 13
         clusterMask = 0xffff
         hasDataFile = false
+        isExtended = false
+        entryBits = 3
+        subclusterBits = 16
         sliceBits = 9
-        cache = SliceCache(entryBits: 0, byteCount: 0)
+        cache = SliceCache(wordBits: 0, entryWordBits: 0, byteCount: 0)
         state = Monitor(State(marks: []))
         table = .allocate(capacity: 1)
         table.initialize(to: L1Table(entries: AtomicArray(count: 0), offset: 0))
@@ -152,7 +164,7 @@ package final class ClusterMap: Sendable {
             let index = Int(truncatingIfNeeded: cluster & (1 &<< sliceBits &- 1))
             if let (slot, version) = cache.find(slice) {
                 let extent = run(
-                    cache.entries(of: slot), index, guest, limit, tableIsCopied: entry.isCopied)
+                    cache.words(of: slot), index, guest, limit, tableIsCopied: entry.isCopied)
                 if cache.isUnchanged(slot, version) { return extent }
                 continue
             }
@@ -181,10 +193,13 @@ package final class ClusterMap: Sendable {
 
     /// The run from `index` of a slice's entries on.
     @inline(__always)
-    private func run(
+    func run(
         _ entries: UnsafePointer<Atomic<UInt64>>, _ index: Int, _ guest: UInt64, _ limit: UInt64,
         tableIsCopied: Bool
     ) -> Extent {
+        if isExtended {
+            return extendedRun(entries, index, guest, limit, tableIsCopied: tableIsCopied)
+        }
         let entry = L2Entry(bits: entries[index].load(ordering: .relaxed))
         let intoCluster = guest & clusterMask
         let kind =
@@ -216,91 +231,5 @@ package final class ClusterMap: Sendable {
         return Extent(
             kind, isCopied: tableIsCopied && entry.isCopied, host: entry.offset &+ intoCluster,
             byteCount: min(byteCount, limit))
-    }
-
-    // MARK: Loading
-
-    private enum Claim {
-        case present
-        case slot(Int)
-        /// Every way of the set is pinned.
-        case noRoom
-    }
-
-    /// Loads `slice`, so that the caller can look again; answers itself, from a copy of its own,
-    /// where no slot is free.  Nobody changes a slice that is not in the cache, and the caller's
-    /// range lock keeps its own entries still.
-    @inline(never)
-    private func load(
-        _ slice: UInt64, of entry: L1Entry, _ l1Index: Int, thenAt index: Int, _ guest: UInt64,
-        _ limit: UInt64
-    ) throws(ImageError) -> Extent? {
-        guard case .noRoom = try load(slice, of: entry, l1Index) else { return nil }
-        let buffer = UnsafeMutableRawBufferPointer.allocate(
-            byteCount: 8 &<< Int(sliceBits), alignment: 8)
-        defer { buffer.deallocate() }
-        try file.read(into: buffer, at: offset(of: slice, in: entry))
-        let words = buffer.bindMemory(to: UInt64.self)
-        for word in words.indices { words[word] = UInt64(bigEndian: words[word]) }
-        guard l1Entry(l1Index).offset == entry.offset, let base = buffer.baseAddress else {
-            return nil
-        }
-        return run(
-            UnsafePointer(base.assumingMemoryBound(to: Atomic<UInt64>.self)), index, guest, limit,
-            tableIsCopied: entry.isCopied)
-    }
-
-    private func load(
-        _ slice: UInt64, of entry: L1Entry, _ l1Index: Int
-    ) throws(ImageError) -> Claim {
-        let claim = state.waitFor { state in claimSlot(for: slice, &state) }
-        guard case .slot(let slot) = claim else { return claim }
-        let buffer = UnsafeMutableRawBufferPointer.allocate(
-            byteCount: 8 &<< Int(sliceBits), alignment: 8)
-        defer { buffer.deallocate() }
-        var failure: ImageError?
-        do throws(ImageError) {
-            try file.read(into: buffer, at: offset(of: slice, in: entry))
-        } catch {
-            failure = error
-        }
-        state.withLock { state in
-            state.marks[slot].remove(.loading)
-            state.loading.removeAll { $0 == slice }
-            // The table may have been replaced by a copy meanwhile: then the caller looks again.
-            if failure == nil, l1Entry(l1Index).offset == entry.offset {
-                cache.fill(slot, with: slice, from: UnsafeRawBufferPointer(buffer))
-            }
-        }
-        state.announceChange()
-        if let failure { throw failure }
-        return claim
-    }
-
-    private func claimSlot(for slice: UInt64, _ state: inout State) -> Claim? {
-        if cache.find(slice) != nil { return .present }
-        if state.loading.contains(slice) { return nil }
-        guard let slot = cache.victim(for: slice, isFree: { state.marks[$0].isEmpty }) else {
-            return .noRoom
-        }
-        cache.clear(slot)
-        state.marks[slot].insert(.loading)
-        state.loading.append(slice)
-        return .slot(slot)
-    }
-
-    /// Host offset of `slice` of the table that `entry` points to.
-    private func offset(of slice: UInt64, in entry: L1Entry) -> UInt64 {
-        entry.offset &+ (slice & (1 &<< (tableBits &- sliceBits) &- 1)) &<< (sliceBits &+ 3)
-    }
-
-    /// Makes sure that `slice` is in the cache.  False: every slot it may take is waiting for a
-    /// commit.
-    func ensure(_ slice: UInt64) throws(ImageError) -> Bool {
-        let l1Index = Int(truncatingIfNeeded: slice &>> (tableBits &- sliceBits))
-        while cache.find(slice) == nil {
-            if case .noRoom = try load(slice, of: l1Entry(l1Index), l1Index) { return false }
-        }
-        return true
     }
 }

@@ -3,7 +3,10 @@ package struct Extent: Equatable, Sendable {
     package var kind: ClusterKind
     /// Whether data lies in clusters that have no other reference, so that it may be written over.
     package var isCopied: Bool
-    /// `.data`, `.zeroAllocated`: the host offset of the first byte.
+    /// `.unallocated`: whether a host cluster is reserved all the same, whose bytes are not shown
+    /// (extended L2 entries only).
+    package var isReserved = false
+    /// `.data`, `.zeroAllocated`, where it is reserved: the host offset of the first byte.
     /// `.compressed`, `.corrupt`: the L2 entry (for a bad L1 entry, that one).
     package var host: UInt64
     package var byteCount: UInt64
@@ -15,4 +18,7 @@ package struct Extent: Equatable, Sendable {
         self.host = host
         self.byteCount = byteCount
     }
+
+    /// Whether there are host clusters, of data or not.
+    package var hasCluster: Bool { kind == .data || kind == .zeroAllocated || isReserved }
 }

@@ -11,8 +11,9 @@ package import Synchronization
 package struct SliceCache: ~Copyable, Sendable {
     static let ways = 8
 
-    /// Entries in a slice, as a power of two.
-    package let entryBits: Int
+    /// Words of a slice, and of an entry (1, or 2 where entries are extended), as powers of two.
+    package let wordBits: Int
+    private let entryWordBits: Int
     private let setBits: Int
     /// Even: the slot is whole.  Odd: somebody is filling it.
     private let versions: AtomicArray
@@ -20,12 +21,13 @@ package struct SliceCache: ~Copyable, Sendable {
     private let keys: AtomicArray
     /// 1 when the slot was used since the clock hand passed.
     private let used: AtomicArray
-    private let entries: AtomicArray
+    private let words: AtomicArray
 
     /// - Parameter byteCount: room for entries, in bytes; at least two sets are made.
-    package init(entryBits: Int, byteCount: Int) {
-        self.entryBits = entryBits
-        let slots = byteCount >> (entryBits + 3)
+    package init(wordBits: Int, entryWordBits: Int, byteCount: Int) {
+        self.wordBits = wordBits
+        self.entryWordBits = entryWordBits
+        let slots = byteCount >> (wordBits + 3)
         var bits = 1
         while bits < 24, SliceCache.ways << (bits + 1) <= slots { bits += 1 }
         setBits = bits
@@ -33,7 +35,7 @@ package struct SliceCache: ~Copyable, Sendable {
         versions = AtomicArray(count: slotCount)
         keys = AtomicArray(count: slotCount)
         used = AtomicArray(count: slotCount)
-        entries = AtomicArray(count: slotCount << entryBits)
+        words = AtomicArray(count: slotCount << wordBits)
     }
 
     package var slotCount: Int { SliceCache.ways << setBits }
@@ -68,10 +70,10 @@ package struct SliceCache: ~Copyable, Sendable {
         return versions[slot].load(ordering: .relaxed) == version
     }
 
-    /// The entries of `slot`, `1 << entryBits` of them.
+    /// The words of the entries of `slot`, `1 << wordBits` of them.
     @inline(__always)
-    package borrowing func entries(of slot: Int) -> UnsafePointer<Atomic<UInt64>> {
-        entries.address(slot &<< entryBits)
+    package borrowing func words(of slot: Int) -> UnsafePointer<Atomic<UInt64>> {
+        words.address(slot &<< wordBits)
     }
 
     // MARK: Under the lock of the cluster map
@@ -106,8 +108,8 @@ package struct SliceCache: ~Copyable, Sendable {
     package borrowing func fill(_ slot: Int, with slice: UInt64, from bytes: UnsafeRawBufferPointer)
     {
         beginChange(slot)
-        for index in 0..<(1 &<< entryBits) {
-            entries[slot &<< entryBits &+ index].store(
+        for index in 0..<(1 &<< wordBits) {
+            words[slot &<< wordBits &+ index].store(
                 bytes.bigEndian(at: index &* 8) ?? 0, ordering: .relaxed)
         }
         keys[slot].store(slice &+ 1, ordering: .relaxed)
@@ -122,19 +124,35 @@ package struct SliceCache: ~Copyable, Sendable {
     }
 
     private borrowing func beginChange(_ slot: Int) {
-        versions[slot].wrappingAdd(1, ordering: .relaxed)
-        // Whoever sees one of the stores that follow sees the odd version too: pairs with the
-        // fence in `isUnchanged`.
-        atomicMemoryFence(ordering: .releasing)
+        beginStores(slot)
         keys[slot].store(0, ordering: .relaxed)
+    }
+
+    /// Whoever sees one of the stores that follow sees the odd version too: pairs with the fence
+    /// in `isUnchanged`.
+    private borrowing func beginStores(_ slot: Int) {
+        versions[slot].wrappingAdd(1, ordering: .relaxed)
+        atomicMemoryFence(ordering: .releasing)
     }
 
     /// Changes one entry in place; readers see the old or the new one.
     package borrowing func store(_ entry: L2Entry, in slot: Int, at index: Int) {
-        entries[slot &<< entryBits &+ index].store(entry.bits, ordering: .releasing)
+        let first = slot &<< wordBits &+ index &<< entryWordBits
+        guard entryWordBits > 0 else {
+            return words[first].store(entry.bits, ordering: .releasing)
+        }
+        beginStores(slot)
+        words[first].store(entry.bits, ordering: .relaxed)
+        words[first &+ 1].store(entry.subclusters.bits, ordering: .relaxed)
+        versions[slot].wrappingAdd(1, ordering: .releasing)
     }
 
     package borrowing func entry(in slot: Int, at index: Int) -> L2Entry {
-        L2Entry(bits: entries[slot &<< entryBits &+ index].load(ordering: .relaxed))
+        let first = slot &<< wordBits &+ index &<< entryWordBits
+        let bits = words[first].load(ordering: .relaxed)
+        guard entryWordBits > 0 else { return L2Entry(bits: bits) }
+        return L2Entry(
+            bits: bits,
+            subclusters: SubclusterBitmap(bits: words[first &+ 1].load(ordering: .relaxed)))
     }
 }

@@ -136,8 +136,9 @@ package struct TableTree: Sendable {
         if entry.hasCountableReferences(clusterBits: clusterBits) { return true }
         guard damage == .refused else { return false }
         throw file.corrupt(
-            entry.fault(clusterByteCount: 1 &<< clusterBits, version: version)
-                + ": check the image")
+            entry.fault(
+                clusterByteCount: 1 &<< clusterBits, version: version,
+                isExtended: entryByteCount == 16) + ": check the image")
     }
 }
 

@@ -79,10 +79,13 @@ struct TableCorrections {
 
     /// An entry that reads the same, without bits that have no meaning there.
     private static func meaningful(_ entry: L2Entry, _ header: Header) -> L2Entry {
-        if entry.isCompressed { return entry.withoutCopied }
-        let entry = L2Entry(bits: entry.bits & ~entry.reservedBits)
+        // A compressed cluster has no subclusters; who reads it overlooks a bitmap.
+        if entry.isCompressed { return L2Entry(bits: entry.withoutCopied.bits) }
+        let entry = L2Entry(
+            bits: entry.bits & ~entry.reservedBits, subclusters: entry.subclusters)
         let isMisaligned = entry.offset & (header.clusterByteCount &- 1) != 0
-        return isMisaligned && entry.hasZeroFlag && header.version >= 3 ? .zeroPlain : entry
+        let isZero = entry.hasZeroFlag && header.version >= 3 && header.l2EntryByteCount == 8
+        return isMisaligned && isZero ? .zeroPlain : entry
     }
 
     private mutating func correct(
@@ -92,14 +95,14 @@ struct TableCorrections {
         var tables: [UInt64] = []
         let clusterMask = header.clusterByteCount &- 1
         let edit = try correctedTable(
-            at: l1Offset, byteCount: Int(entryCount) * 8
-        ) { bits throws(ImageError) in
+            at: l1Offset, byteCount: Int(entryCount) * 8, entryByteCount: 8
+        ) { bits, _ throws(ImageError) in
             let entry = L1Entry(bits: bits)
             guard entry.offset != 0, entry.offset & clusterMask == 0 else {
-                return bits
+                return (bits, 0)
             }
             tables.append(entry.offset)
-            return try l1(entry)
+            return (try l1(entry), 0)
         }
         if let edit, l1Offset == header.l1Offset {
             l1Edits.append(edit)
@@ -108,27 +111,39 @@ struct TableCorrections {
         }
         for table in tables where seen.insert(table).inserted && !isShared(table) {
             let edit = try correctedTable(
-                at: table, byteCount: Int(header.clusterByteCount)
-            ) { bits throws(ImageError) in
-                try l2(L2Entry(bits: bits)).bits
+                at: table, byteCount: Int(header.clusterByteCount),
+                entryByteCount: Int(header.l2EntryByteCount)
+            ) { bits, bitmap throws(ImageError) in
+                let entry = try l2(
+                    L2Entry(bits: bits, subclusters: SubclusterBitmap(bits: bitmap)))
+                return (entry.bits, entry.subclusters.bits)
             }
             if let edit { edits.append(edit) }
         }
     }
 
     /// The changed part of one table; nil where nothing changes.
+    /// - Parameter change: Gets an entry's words: the second is 0 where there is none.
     private mutating func correctedTable(
-        at offset: UInt64, byteCount: Int, _ change: (UInt64) throws(ImageError) -> UInt64
+        at offset: UInt64, byteCount: Int, entryByteCount: Int,
+        _ change: (UInt64, UInt64) throws(ImageError) -> (UInt64, UInt64)
     ) throws(ImageError) -> RepairPlan.Edit? {
         guard byteCount > 0 else { return nil }
         var bytes = try Header.read(byteCount, at: offset, of: device)
         var changed: Range<Int>?
-        for position in stride(from: 0, to: byteCount, by: 8) {
-            let old = bytes.withRawBytes { $0.bigEndian(at: position, as: UInt64.self) } ?? 0
-            let new = old == 0 ? 0 : try change(old)
-            guard new != old else { continue }
-            bytes.storeBigEndian(new, at: position)
-            changed = (changed?.lowerBound ?? position)..<position + 8
+        for position in stride(from: 0, to: byteCount, by: entryByteCount) {
+            let (bits, bitmap) = bytes.withRawBytes { bytes in
+                (
+                    bytes.bigEndian(at: position, as: UInt64.self) ?? 0,
+                    entryByteCount > 8
+                        ? bytes.bigEndian(at: position + 8, as: UInt64.self) ?? 0 : 0
+                )
+            }
+            let new = bits == 0 ? (bits, bitmap) : try change(bits, bitmap)
+            guard new != (bits, bitmap) else { continue }
+            bytes.storeBigEndian(new.0, at: position)
+            if entryByteCount > 8 { bytes.storeBigEndian(new.1, at: position + 8) }
+            changed = (changed?.lowerBound ?? position)..<position + entryByteCount
             changedEntryCount += 1
         }
         guard let changed else { return nil }

@@ -1,0 +1,47 @@
+/// Reading tables, for the walk and for who looks at them again.
+extension ReferenceWalk {
+    /// L2 tables that `run()` and a second look at the active ones read, at most.
+    func tableCount() throws(ImageError) -> UInt64 {
+        let snapshots = try header.readSnapshots(from: device).snapshots
+        // At most 65536 snapshots with 2^32 entries each.
+        return snapshots.reduce(2 * UInt64(try activeL1Entries().count)) {
+            $0 + UInt64($1.l1EntryCount)
+        }
+    }
+
+    /// The entries of the active L1 table that are not zero, with their places in it.
+    func activeL1Entries() throws(ImageError) -> [(index: UInt64, entry: L1Entry)] {
+        var entries: [(UInt64, L1Entry)] = []
+        try forEachEntry(at: header.l1Offset, entryCount: UInt64(header.l1EntryCount)) {
+            entries.append(($0, L1Entry(bits: $1)))
+        }
+        return entries
+    }
+
+    /// The entries of an L2 table that are not all zero.
+    func l2Entries(at offset: UInt64) throws(ImageError) -> [L2Entry] {
+        tableRead()
+        // Past the end everything is zero; a hostile L1 table can ask for that very often.
+        guard offset < fileByteCount else { return [] }
+        guard isExtended else {
+            var entries: [L2Entry] = []
+            try forEachEntry(at: offset, entryCount: clusterByteCount / 8) {
+                entries.append(L2Entry(bits: $1))
+            }
+            return entries
+        }
+        var entries: [(index: UInt64, entry: L2Entry)] = []
+        try forEachEntry(at: offset, entryCount: clusterByteCount / 8) { index, word in
+            if entries.last?.index != index / 2 { entries.append((index / 2, .unallocated)) }
+            if index & 1 == 0 {
+                entries[entries.count - 1].entry.bits = word
+            } else {
+                entries[entries.count - 1].entry.subclusters = SubclusterBitmap(bits: word)
+            }
+        }
+        return entries.map(\.entry)
+    }
+
+    /// Whether L2 entries have a second word.
+    var isExtended: Bool { header.l2EntryByteCount == 16 }
+}
