@@ -25,6 +25,8 @@ extension Image {
         let writing = try writer()
         try checkRange(range.lowerBound, range.upperBound &- range.lowerBound)
         try begin(writing)
+        writing.bitmaps.tracker.record(
+            range.lowerBound, range.upperBound &- range.lowerBound)
         var offset = range.lowerBound
         while offset < range.upperBound {
             if let end = try endOfNothing(at: offset, range.upperBound) {

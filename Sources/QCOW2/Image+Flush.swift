@@ -10,7 +10,7 @@ extension Image {
     }
 
     /// Prepares the image for its first write: autoclear bits that nobody here keeps are cleared,
-    /// and bitmaps, which will miss what is written, are marked in use.
+    /// and bitmaps are marked in use until they are stored again.
     @inline(__always)
     func begin(_ writing: Writing) throws(ImageError) {
         if writing.hasBegun.load(ordering: .acquiring) { return }
@@ -27,23 +27,8 @@ extension Image {
                     $0.storeBigEndian(known.rawValue, at: HeaderField.autoclearFeatures)
                 }
             }
-            try markBitmapsInUse()
+            try beginBitmaps(writing)
             writing.hasBegun.store(true, ordering: .releasing)
         }
-    }
-
-    /// Sets the in-use flag of every bitmap; each flags field lies within one sector.
-    private func markBitmapsInUse() throws(ImageError) {
-        guard header.autoclearFeatures.contains(.bitmaps) else { return }
-        var isChanged = false
-        guard let place = header.bitmaps else { return }
-        for bitmap in try header.readBitmaps(from: top.file.device) where !bitmap.isInUse {
-            var flags: [UInt8] = [0, 0, 0, 0]
-            flags.storeBigEndian(bitmap.flags | BitmapEntry.inUse, at: 0)
-            let entry = place.directoryOffset &+ UInt64(bitmap.directoryOffset)
-            try top.file.write(flags, at: entry &+ UInt64(BitmapEntry.flagsOffset))
-            isChanged = true
-        }
-        if isChanged { try top.file.flush() }
     }
 }

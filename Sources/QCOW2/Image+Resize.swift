@@ -15,6 +15,7 @@ extension Image {
         let writing = try writer()
         try checkSize(byteCount)
         try begin(writing)
+        try checkBitmaps(forSize: byteCount, writing)
         let old = try writing.structure.withLock { _ throws(ImageError) in
             let old = size
             if header.version == 2, byteCount != old, try !snapshots().isEmpty {
@@ -47,6 +48,17 @@ extension Image {
                 "\(byteCount) bytes are too many for clusters of \(clusterByteCount) bytes"
             )
         }
+    }
+
+    /// Throws where a bitmap could not describe a disk of another size.
+    func checkBitmaps(
+        forSize byteCount: UInt64, _ writing: Writing
+    ) throws(ImageError) {
+        guard byteCount != size,
+            let reason = writing.bitmaps.refusal(
+                ofSize: byteCount, clusterBits: header.clusterBits)
+        else { return }
+        throw refusal(reason)
     }
 
     /// Gives new bytes their clusters: only in the tables, with space, or with zeros written.
@@ -93,6 +105,7 @@ extension Image {
         try writing.commit.now()
         writing.header.change { $0.storeBigEndian(new, at: HeaderField.size) }
         try writing.commit.now()
+        writing.bitmaps.recordSize(from: old, to: new)
         currentSize.store(new, ordering: .releasing)
     }
 
@@ -140,6 +153,7 @@ extension Image {
         let old = size
         writing.header.change { $0.storeBigEndian(new, at: HeaderField.size) }
         try writing.commit.now()
+        writing.bitmaps.recordSize(from: old, to: new)
         currentSize.store(new, ordering: .releasing)
         let end = (new &+ map.clusterMask) & ~map.clusterMask
         allocation.restart()

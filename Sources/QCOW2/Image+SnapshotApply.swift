@@ -29,6 +29,7 @@ extension Image {
     private func apply(
         _ entries: [L1Entry], byteCount: UInt64, _ writing: Writing
     ) throws(ImageError) {
+        try checkBitmaps(forSize: byteCount & ~511, writing)
         let tree = TableTree(entries, in: top.file, header: header)
         try tree.forEachReference(.refused) { runs throws(ImageError) in
             try writing.allocator.checkRaising(runs)
@@ -83,6 +84,8 @@ extension Image {
             map.replaceL1Table(by: entries, at: room.first &<< map.clusterBits)
             writing.header.change { $0.storeBigEndian(byteCount, at: HeaderField.size) }
         }
+        writing.bitmaps.recordSize(from: size, to: byteCount & ~511)
+        writing.bitmaps.recordEverything(diskByteCount: byteCount & ~511)
         currentSize.store(byteCount & ~511, ordering: .releasing)
         allocation.restart()
         try writing.commit.now()

@@ -236,6 +236,8 @@ extension Image.Writing {
         _ bytes: UnsafeRawBufferPointer, at offset: UInt64, _ image: Image
     ) throws(ImageError) {
         try image.begin(self)
+        // Before the data: a write that fails counts as one, what is changed is never missed.
+        bitmaps.tracker.record(offset, UInt64(bytes.count))
         var done = 0
         while done < bytes.count {
             let start = offset &+ UInt64(done)

@@ -64,6 +64,7 @@ public final class Image: Sendable {
         let hasBegun = Atomic(false)
         let scratch = ScratchPool()
         let capture = SnapshotCapture()
+        let bitmaps = BitmapSession()
 
         init(
             file: HostFile, map: ClusterMap, header: HeaderSector, guarded: MetadataGuard,
@@ -166,7 +167,9 @@ public final class Image: Sendable {
         guard let writing else { return }
         ranges.lockEverything()
         defer { ranges.unlockEverything() }
-        if writing.hasBegun.load(ordering: .acquiring) { try writing.commit.finish() }
+        guard writing.hasBegun.load(ordering: .acquiring) else { return }
+        try writing.commit.finish()
+        try saveBitmaps(writing)
     }
 
     /// The files are the parent's.

@@ -181,35 +181,6 @@ struct WritingTests {
         try again.close()
     }
 
-    @Test("Bitmaps are marked in use before the first write")
-    func marksBitmaps() throws {
-        var builder = ImageBuilder(byteCount: 1.MiB)
-        builder.fill(1, guestCluster: 0)
-        let table = builder.allocate(byteCount: 8)
-        let directory = builder.allocate(byteCount: 32)
-        builder.put(UInt64(table), at: directory)
-        var entry: [UInt8] = []
-        entry.put(UInt32(1), at: 0)  // table entries
-        entry.put(UInt32(2), at: 4)  // auto
-        entry.put([1, 16], at: 8)  // dirty tracking, 64 KiB
-        entry.put(UInt16(4), at: 10)
-        entry.put(UInt32(0), at: 12)
-        builder.put(entry + Array("bits".utf8), at: directory + 8)
-        var data: [UInt8] = []
-        data.put(UInt32(1), at: 0)
-        data.put(UInt32(0), at: 4)
-        data.put(UInt64(32), at: 8)
-        data.put(UInt64(directory), at: 16)
-        builder.extensions = [(0x2385_2875, data)]
-        builder.autoclearFeatures = 1
-        try change(builder) { image in
-            try image.write([1], at: 70_000)
-        } judge: { (reader) throws in
-            #expect(reader.autoclearFeatures & 1 == 1)
-            #expect(reader.bytes.number(at: directory + 12, as: UInt32.self) & 1 == 1)
-        }
-    }
-
     @Test("Growing shows zeros, also where the backing file is longer")
     func grows() throws {
         let builder = ImageBuilder(byteCount: 100_352)

@@ -186,7 +186,7 @@ package struct ReferenceReader {
         return (entries, position - snapshotsOffset)
     }
 
-    private func raw(_ offset: Int, _ count: Int) -> [UInt8] {
+    func raw(_ offset: Int, _ count: Int) -> [UInt8] {
         (0..<count).map { bytes.number(at: offset + $0, as: UInt8.self) }
     }
 

@@ -39,21 +39,6 @@ struct RobustnessTests {
         try mount.open().write([UInt8](repeating: byte, count: 64.KiB), at: offset)
     }
 
-    @Test("a bitmap of QEMU's is in use after a write through the mount, and untouched without one")
-    func bitmaps() throws {
-        let folder = try TemporaryDirectory()
-        let image = folder.file("disk.qcow2")
-        try makeImage(image)
-        try Command.require("qemu-img", "bitmap", "--add", image, "backup")
-        try TestMount(image, in: folder, options: ["-r"]).unmount()
-        #expect(try !Command.require("qemu-img", "info", image).contains("in-use"))
-        let mount = try TestMount(image, in: folder)
-        try write(mount, 1, at: 5.MiB)
-        try mount.unmount()
-        #expect(try Command.require("qemu-img", "info", image).contains("in-use"))
-        #expect(try QemuImg.check(image).status == 0)
-    }
-
     @Test(
         "where the host has no room, the writer is told and the image stays whole",
         .enabledWhereLoopable)

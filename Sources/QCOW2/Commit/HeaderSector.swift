@@ -38,6 +38,11 @@ package final class HeaderSector: Sendable {
         try file.flush()
     }
 
+    /// The 8-byte number at `offset`, as the next write of the sector has it.
+    package func number(at offset: Int) -> UInt64 {
+        state.withLock { $0.bytes.withUnsafeBytes { $0.bigEndian(at: offset) ?? 0 } }
+    }
+
     package var isDirty: Bool { state.withLock { $0.isDirty } }
 
     /// The bytes to write, nil where nothing changed since the last freeze.
@@ -51,6 +56,7 @@ package final class HeaderSector: Sendable {
 
 /// Where the fields of a header stand, in bytes from its start.
 package enum HeaderField {
+    package static let backingFileOffset = 8
     package static let size = 24
     package static let l1EntryCount = 36
     package static let l1Offset = 40

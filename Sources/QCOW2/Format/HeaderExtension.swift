@@ -14,6 +14,8 @@ public struct HeaderExtension: Sendable, Hashable {
     public static let bitmaps: UInt32 = 0x2385_2875
     public static let encryptionHeader: UInt32 = 0x0537_BE77
     public static let externalDataFile: UInt32 = 0x4441_5441
+    /// Ours: room that a removed extension has left between others.
+    static let unused: UInt32 = 0x5155_4e55
 
     /// Types of which the format knows at most one in a header.
     static let unique: Set<UInt32> = [
@@ -84,5 +86,24 @@ public struct BitmapsExtension: Sendable, Hashable {
         self.count = count
         directoryByteCount = byteCount
         directoryOffset = offset
+    }
+}
+
+extension BitmapsExtension {
+    package init(count: UInt32, directoryByteCount: UInt64, directoryOffset: UInt64) {
+        self.count = count
+        self.directoryByteCount = directoryByteCount
+        self.directoryOffset = directoryOffset
+    }
+
+    /// Bytes of the extension's data.
+    package static let byteCount = 24
+
+    package var encoded: [UInt8] {
+        var data = [UInt8](repeating: 0, count: BitmapsExtension.byteCount)
+        data.storeBigEndian(count, at: 0)
+        data.storeBigEndian(directoryByteCount, at: 8)
+        data.storeBigEndian(directoryOffset, at: 16)
+        return data
     }
 }

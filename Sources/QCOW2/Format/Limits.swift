@@ -38,6 +38,8 @@ package enum Limits {
     package static let bitmapTableEntryCount: UInt64 = 0x800_0000
     /// Bytes of a bitmap's data (QEMU).
     package static let bitmapByteCount: UInt64 = 512 << 20
+    /// Granules of the disk that a bitmap is made for (QEMU).
+    package static let newBitmapGranuleCount: UInt64 = 512 << 20
     /// Files of a backing chain (us; QEMU stops when it runs out of descriptors).
     package static let chainDepth = 200
 }
