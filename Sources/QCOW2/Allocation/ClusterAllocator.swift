@@ -30,6 +30,8 @@ package final class ClusterAllocator: Sendable {
         var tableHasMoved = false
         /// No cluster below is free.
         var hint: UInt64 = 1
+        /// Where the last compressed stream ends; 0 where the next one needs a cluster of its own.
+        var streamEnd: UInt64 = 0
         /// Whether a count was raised since the last sync that covered one.
         var hasUnsyncedIncrements = false
         /// Whether a count was changed since the last commit wrote them.
@@ -215,6 +217,7 @@ package final class ClusterAllocator: Sendable {
             var last: [ClusterRun] = []
             for run in runs {
                 for cluster in run.first..<run.end {
+                    endStreams(in: cluster, &state)
                     let count = try count(of: cluster, &state)
                     if count > 1 {
                         try setCount(count &- 1, of: cluster, &state)
@@ -237,6 +240,7 @@ package final class ClusterAllocator: Sendable {
     }
 
     private func free(_ cluster: UInt64, _ state: inout State) throws(ImageError) {
+        endStreams(in: cluster, &state)
         try setCount(0, of: cluster, &state)
         state.hint = min(state.hint, cluster)
     }

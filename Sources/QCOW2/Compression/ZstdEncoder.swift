@@ -1,0 +1,24 @@
+internal import CZstd
+
+/// Makes zstd frames, one a cluster, at the library's usual level.
+enum ZstdEncoder {
+    /// The address of a new context, or nil where there is no memory.
+    static func make() -> UnsafeMutableRawPointer? {
+        ZSTD_createCCtx().map { UnsafeMutableRawPointer($0) }
+    }
+
+    static func destroy(_ address: UnsafeMutableRawPointer) {
+        ZSTD_freeCCtx(OpaquePointer(address))
+    }
+
+    /// How many bytes of `room` the frame took; nil where it does not fit.
+    static func compress(
+        _ cluster: UnsafeRawBufferPointer, into room: UnsafeMutableRawBufferPointer,
+        with address: UnsafeMutableRawPointer
+    ) -> Int? {
+        let byteCount = ZSTD_compressCCtx(
+            OpaquePointer(address), room.baseAddress, room.count, cluster.baseAddress,
+            cluster.count, ZSTD_defaultCLevel())
+        return ZSTD_isError(byteCount) == 0 ? byteCount : nil
+    }
+}
