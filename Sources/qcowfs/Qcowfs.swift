@@ -17,6 +17,7 @@ struct Qcowfs: ParsableCommand {
             Repair.self, Snapshots.self,
             Convert.self, Compare.self, Measure.self, Commit.self, Discard.self, Read.self,
             Write.self,
+            Map.self, Bitmap.self,
         ])
 
     static func main() {

@@ -1,4 +1,5 @@
 import Glibc
+import Synchronization
 import TestSupport
 
 /// A kind of image that random runs can use.
@@ -18,6 +19,10 @@ struct RandomRun {
     var stepCount = TestEnvironment.isLong ? 600 : 45
     var roundCount = TestEnvironment.isLong ? 6 : 2
     var mountOptions: [String] = []
+    /// Called with the image before it is used.
+    var prepare: ((String) throws -> Void)?
+    /// Notes every range that is changed.
+    var changes: ChangeLog?
     /// For a test of the judge itself: called with the image before it is judged.
     var tamper: ((String) throws -> Void)?
 
@@ -25,6 +30,7 @@ struct RandomRun {
     func run() throws {
         let folder = try TemporaryDirectory()
         let prepared = try combination.prepare(in: folder, seed: seed)
+        try prepare?(prepared.image)
         var ranges: [Range<Int>] = []
         for round in 0..<roundCount {
             let mount = try TestMount(prepared.image, in: folder, options: mountOptions)
@@ -48,10 +54,11 @@ struct RandomRun {
     private func use(_ mount: TestMount, _ model: ReferenceDisk, round: Int) throws {
         let reservations = RangeReservations()
         let (combination, seed, stepCount) = (combination, seed, stepCount)
+        let changes = changes
         try onThreads(threadCount) { index in
             let user = try DiskUser(
                 file: mount.open(), model: model, reservations: reservations,
-                clusterSize: combination.clusterSize)
+                clusterSize: combination.clusterSize, changes: changes)
             var random = RepeatableRandom(
                 seed: seed &* 1009 &+ UInt64(round) &* 31 &+ UInt64(index))
             for _ in 0..<stepCount { try user.step(&random) }
@@ -123,6 +130,7 @@ private struct DiskUser {
     let model: ReferenceDisk
     let reservations: RangeReservations
     let clusterSize: Int
+    let changes: ChangeLog?
 
     func step(_ random: inout RepeatableRandom) throws {
         let range = range(&random)
@@ -160,12 +168,14 @@ private struct DiskUser {
         for position in stride(from: 0, to: bytes.count, by: 512) {
             bytes[position] = UInt8(truncatingIfNeeded: (range.lowerBound + position) / 512)
         }
+        changes?.note(range)
         try file.write(bytes, at: range.lowerBound)
         bytes.withUnsafeBytes { model.write($0, at: range.lowerBound) }
     }
 
     /// Makes `range` read zero, and looks.
     private func change(_ range: Range<Int>, _ body: () throws -> Void) throws {
+        changes?.note(range)
         try body()
         model.zero(range)
         try read(range)
@@ -190,5 +200,22 @@ private struct DiskUser {
         guard end >= range.lowerBound, end <= model.byteCount else {
             throw RandomRun.Difference(description: "SEEK_HOLE answers \(end)")
         }
+    }
+}
+
+/// The ranges that threads have changed.
+final class ChangeLog: Sendable {
+    private let ranges = Mutex<[Range<Int>]>([])
+
+    func note(_ range: Range<Int>) { ranges.withLock { $0.append(range) } }
+
+    /// The numbers of the granules that changed, ascending.
+    func granules(of granularity: Int) -> [Int] {
+        let all = ranges.withLock { $0 }.filter { !$0.isEmpty }
+        return Set(
+            all.flatMap {
+                $0.lowerBound / granularity...($0.upperBound - 1) / granularity
+            }
+        ).sorted()
     }
 }
