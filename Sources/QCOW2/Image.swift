@@ -133,6 +133,9 @@ public final class Image: Sendable {
     /// Files of the chain, top first.
     public var files: [String] { (0..<layerCount).map { layers[$0].file.name } }
 
+    /// The files in which the layers' guest data lies, top first.
+    public var dataFiles: [String] { (0..<layerCount).map { layers[$0].data.name } }
+
     var top: Layer {
         @inline(__always) unsafeAddress { UnsafePointer(layers) }
     }

@@ -45,7 +45,7 @@ struct Map: Verb {
     }
 
     private func list(_ image: Image, _ range: Range<UInt64>) throws {
-        var listing = MapListing(output.form, files: image.files)
+        var listing = MapListing(output.form, files: image.dataFiles)
         listing.begin(isBitmap: bitmap != nil)
         if let bitmap {
             try image.forEachRange(markedBy: bitmap) { marked throws(ImageError) in

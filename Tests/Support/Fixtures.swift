@@ -3,7 +3,7 @@ internal import Glibc
 /// Every kind of image of the format's test recipes.
 package enum Fixtures {
     /// What qcowfs reads of the features that not every image has.
-    package static let readFeatures: Set<Fixture.Feature> = []
+    package static let readFeatures: Set<Fixture.Feature> = [.dataFile]
 
     package static let all: [Fixture] =
         plain + refcounts + clusters + preallocated + compressed + kept + layered + extended

@@ -39,8 +39,9 @@ extension Image {
         let device = try FileDevice(path: path, access: access, mapsBytes: false)
         do throws(ImageError) {
             try ImageLock.take(access == .readWrite ? .writer : .reader, on: device)
+            // No guest data is read or written: an external data file may lie anywhere.
             return try Image.open(
-                device,
+                device, dataFile: device,
                 options: OpenOptions(access: access == .readWrite ? .readWrite : .readOnly))
         } catch {
             device.close()

@@ -95,14 +95,16 @@ private struct MapWalk {
         case .zeroPlain: mapped.isZero = true
         case .zeroAllocated:
             mapped.isZero = true
-            mapped.offset = extent.host
+            mapped.offset = image.layers[layer].verbatimOffset(extent)
         case .compressed:
             mapped.isData = true
             mapped.isCompressed = true
         case .data:
             mapped.isData = true
-            mapped.offset = extent.host
-            if try isSparse(layer) { return try tellSparse(mapped, extent.host, body) }
+            mapped.offset = image.layers[layer].verbatimOffset(extent)
+            if mapped.offset != nil, try isSparse(layer) {
+                return try tellSparse(mapped, extent.host, body)
+            }
         }
         try add(mapped, body)
     }
@@ -114,7 +116,7 @@ private struct MapWalk {
         let isRaw = image.layers[run.depth].isRaw
         var done: UInt64 = 0
         while done < run.byteCount {
-            let found = try image.layers[run.depth].rawHoleOrData(
+            let found = try image.layers[run.depth].storedHoleOrData(
                 at: host &+ done, limit: run.byteCount &- done)
             var part = run
             part.start = run.start &+ done
@@ -157,6 +159,22 @@ extension Image {
 }
 
 extension Layer {
+    /// The host offset of a run whose bytes lie there as they are read; nil for encrypted ones.
+    fileprivate borrowing func verbatimOffset(_ extent: Extent) -> UInt64? {
+        header?.encryptionMethod ?? 0 == 0 ? extent.host : nil
+    }
+
+    /// What the file system knows of the bytes of guest data.
+    fileprivate borrowing func storedHoleOrData(
+        at host: UInt64, limit: UInt64
+    ) throws(ImageError) -> (isHole: Bool, byteCount: UInt64) {
+        do throws(SystemError) {
+            return try data.device.holeOrData(at: host, limit: limit)
+        } catch {
+            throw ImageError(.system(error, operation: "looking for holes"), file: data.name)
+        }
+    }
+
     /// Whether many more clusters are in use than the file has room for on its file system:
     /// preallocation gave clusters to a disk that nobody has written to since.
     fileprivate borrowing func holdsUnwrittenClusters() throws(ImageError) -> Bool {
