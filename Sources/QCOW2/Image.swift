@@ -153,7 +153,8 @@ public final class Image: Sendable {
     /// Idempotent.  No other method may be running or be called afterwards.
     /// - Throws: what the last writes and syncs said; the files are closed all the same.
     public func close() throws(ImageError) {
-        defer { for index in 0..<layerCount { layers[index].close() } }
+        // The files below a snapshot's view are those of its image.
+        defer { if parent == nil { for index in 0..<layerCount { layers[index].close() } } }
         try finish()
     }
 
@@ -167,6 +168,7 @@ public final class Image: Sendable {
         guard let workers else { return }
         closing.announceChange()
         for worker in workers { pthread_join(worker, nil) }
+        if let parent { return try close(viewOf: parent) }
         guard let writing else { return }
         ranges.lockEverything()
         defer { ranges.unlockEverything() }
