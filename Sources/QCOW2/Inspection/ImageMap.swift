@@ -57,7 +57,12 @@ private struct MapWalk {
         let below = image.mappedEnd(ofLayer: layer + 1)
         var offset = range.lowerBound
         while offset < range.upperBound {
-            let extent = try extent(of: layer, at: offset, limit: range.upperBound &- offset)
+            var extent = try extent(of: layer, at: offset, limit: range.upperBound &- offset)
+            if extent.kind == .zeroAllocated || extent.isReserved {
+                // Such clusters are one run wherever they lie; here their places are listed.
+                let mask = image.layers[layer].map.clusterMask
+                extent.byteCount = min(extent.byteCount, mask &+ 1 &- offset & mask)
+            }
             let end = offset &+ extent.byteCount
             if extent.kind == .unallocated, offset < below {
                 let shown = offset..<min(end, below)
@@ -92,6 +97,7 @@ private struct MapWalk {
         case .unallocated:
             mapped.isPresent = false
             mapped.isZero = true
+            if extent.isReserved { mapped.offset = image.layers[layer].verbatimOffset(extent) }
         case .zeroPlain: mapped.isZero = true
         case .zeroAllocated:
             mapped.isZero = true
