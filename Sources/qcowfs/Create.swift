@@ -2,7 +2,7 @@ internal import ArgumentParser
 internal import QCOW2
 
 /// `qcowfs create`: makes an empty image.
-struct Create: Verb {
+struct Create: Verb, ImageOptionReader {
     static let configuration = CommandConfiguration(
         commandName: "create",
         abstract: "Make an empty image.",
@@ -69,8 +69,7 @@ struct Create: Verb {
     private func set(_ name: String, to value: String, in options: inout CreateOptions) throws {
         switch name {
         case "compat":
-            options.version = try choice(
-                value, of: name, ["0.10": .v2, "v2": .v2, "1.1": .v3, "v3": .v3])
+            options.version = try version(value, of: name)
         case "cluster_size": options.clusterByteCount = try bytes(value, of: name)
         case "refcount_bits": options.refcountBits = try bytes(value, of: name)
         case "lazy_refcounts": options.hasLazyRefcounts = try isOn(value, of: name)
@@ -106,52 +105,6 @@ struct Create: Verb {
         case "encryption": options.encryptionFormat = try isOn(value, of: name) ? "aes" : nil
         default:
             throw Failure(image, "there is no option '\(name)' (qcowfs help create lists them)")
-        }
-    }
-
-    private func bytes(_ value: String, of name: String) throws -> UInt64 {
-        guard let size = ByteSize(argument: value) else {
-            throw refused(value, of: name, "a number such as 512, 64k or 2M")
-        }
-        return size.byteCount
-    }
-
-    private func isOn(_ value: String, of name: String) throws -> Bool {
-        try choice(value, of: name, ["on": true, "off": false])
-    }
-
-    private func choice<Value>(
-        _ value: String, of name: String, _ choices: KeyValuePairs<String, Value>
-    ) throws -> Value {
-        guard let chosen = choices.first(where: { $0.key == value }) else {
-            throw refused(value, of: name, choices.map(\.key).joined(separator: ", "))
-        }
-        return chosen.value
-    }
-
-    private func refused(_ value: String, of name: String, _ allowed: String) -> Failure {
-        Failure(image, "\(name) cannot be '\(value)' (allowed: \(allowed))")
-    }
-}
-
-/// The lists of `-o`: `name=value,name=value`; `,,` is a comma in a value, a name alone is `on`.
-enum OptionList {
-    static func pairs(_ list: String) -> [(name: String, value: String)] {
-        var items: [String] = [""]
-        var rest = list[...]
-        while let character = rest.popFirst() {
-            if character != "," {
-                items[items.count - 1].append(character)
-            } else if rest.first == "," {
-                rest.removeFirst()
-                items[items.count - 1].append(",")
-            } else {
-                items.append("")
-            }
-        }
-        return items.filter { !$0.isEmpty }.map { item in
-            guard let equals = item.firstIndex(of: "=") else { return (item, "on") }
-            return (String(item[..<equals]), String(item[item.index(after: equals)...]))
         }
     }
 }

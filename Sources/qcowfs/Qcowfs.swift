@@ -15,8 +15,8 @@ struct Qcowfs: ParsableCommand {
         subcommands: [
             Mount.self, Umount.self, List.self, Stats.self, Create.self, Info.self, Check.self,
             Repair.self, Snapshots.self,
-            Convert.self, Compare.self, Measure.self, Commit.self, Discard.self, Read.self,
-            Write.self,
+            Convert.self, Compare.self, Measure.self, Commit.self, Discard.self, Amend.self,
+            Read.self, Write.self,
             Map.self, Bitmap.self,
         ])
 

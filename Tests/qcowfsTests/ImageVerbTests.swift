@@ -168,6 +168,44 @@ struct ImageVerbTests {
         #expect(try Command.shell("ls -A \(folder.path)").isEmpty)
     }
 
+    @Test("A create that is killed leaves nothing behind, and an image that is there as it was")
+    func killedCreate() throws {
+        try makeImage(image)
+        let before = try Command.require("sha256sum", image)
+        for target in ["new.qcow2", "disk.qcow2"] {
+            let create = try Command.start([
+                TestEnvironment.program, "create", "-o", "preallocation=full",
+                folder.file(target), "64G",
+            ])
+            usleep(300_000)
+            kill(create.pid, SIGKILL)
+            _ = try create.wait()
+            #expect(try Command.shell("ls -A \(folder.path)") == "disk.qcow2\n")
+        }
+        #expect(try Command.require("sha256sum", image) == before)
+    }
+
+    @Test("amend changes what qemu-img shows, and refuses in one line")
+    func amend() throws {
+        try makeImage(image)
+        try Command.require(
+            TestEnvironment.program, "amend", "-o", "refcount_bits=8,lazy_refcounts=on", "-o",
+            "size=16M", image)
+        try expectSameInfo(image)
+        let info = try Command.require("qemu-img", "info", image)
+        #expect(info.contains("refcount bits: 8") && info.contains("lazy refcounts: true"))
+        #expect(info.contains("16 MiB"))
+        try Command.require(
+            TestEnvironment.program, "amend", "-o", "compat=0.10,refcount_bits=16", image)
+        #expect(try Command.require("qemu-img", "info", image).contains("compat: 0.10"))
+        try QemuImg.io(image, ["read -q -P 0xA1 0 128k", "read -q -P 0xA2 1M 64k"])
+        #expect(try QemuImg.check(image).status == 0)
+        for options in ["cluster_size=4k", "nothing=on", "lazy_refcounts=on", "compat=0.9"] {
+            expectRefusal(try qcowfs("amend", "-o", options, image), naming: image)
+        }
+        #expect(try qcowfs("amend", image).status == 64)
+    }
+
     @Test(
         "Sizes",
         arguments: [

@@ -4,6 +4,13 @@ extension Header {
     /// Bytes of the known fixed part that we write, compression type and padding included.
     static let writtenByteCountV3: UInt32 = 112
 
+    /// Bytes of the fixed part that `encoded` makes.
+    var encodedByteCount: UInt32 {
+        version >= 3
+            ? Header.writtenByteCountV3 &+ UInt32(truncatingIfNeeded: unknownFields.count)
+            : Header.byteCountV2
+    }
+
     /// The bytes from offset 0 to the end of the backing file's name, or of the extensions.
     ///
     /// `byteCount`, `backingFileOffset` and `backingFileByteCount` follow from what is encoded, and
@@ -55,8 +62,7 @@ extension Header {
         bytes.appendBigEndian(compatibleFeatures.rawValue)
         bytes.appendBigEndian(autoclearFeatures.rawValue)
         bytes.appendBigEndian(refcountOrder)
-        bytes.appendBigEndian(
-            Header.writtenByteCountV3 &+ UInt32(truncatingIfNeeded: unknownFields.count))
+        bytes.appendBigEndian(encodedByteCount)
         bytes.append(compressionType.rawValue)
         bytes.pad(toMultipleOf: 8)
         bytes += unknownFields

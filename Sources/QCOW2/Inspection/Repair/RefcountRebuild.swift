@@ -4,9 +4,9 @@ struct RefcountRebuild {
     private(set) var newStructures: [RepairPlan.Edit] = []
     private let header: Header
     private let counts: ReferenceCounts
-    private let tableOffset: UInt64
-    private let tableClusterCount: UInt64
-    private let l1Offset: UInt64
+    let tableOffset: UInt64
+    let tableClusterCount: UInt64
+    let l1Offset: UInt64
     private let keepsUnreferenced: Bool
     private let fileClusterCount: UInt64
     private let own: Range<UInt64>
@@ -19,14 +19,18 @@ struct RefcountRebuild {
             + (l1Offset == header.l1Offset ? "" : ", and copy the L1 table to \(hex(l1Offset))")
     }
 
-    /// - Parameter keepsUnreferenced: Whether every cluster of the file counts as used, because
-    ///   references may be hidden.
+    /// - Parameters:
+    ///   - header: What the image is counted by; its refcount width is that of the new blocks.
+    ///   - keepsUnreferenced: Whether every cluster of the file counts as used, because
+    ///     references may be hidden.
+    ///   - report: Gets what is met on the way.
     init(
-        _ device: any BlockDevice, _ examination: Examination, keepsUnreferenced: Bool
+        _ device: any BlockDevice, header: Header, keepsUnreferenced: Bool = false,
+        report: @escaping (CheckFinding) -> Void = { _ in }
     ) throws(ImageError) {
-        header = examination.header
+        self.header = header
         self.keepsUnreferenced = keepsUnreferenced
-        var walk = try ReferenceWalk(device, header: header, report: { _ in })
+        var walk = try ReferenceWalk(device, header: header, report: report)
         try walk.run(countingRefcounts: false)
         counts = walk.counts
         let cluster = header.clusterByteCount
@@ -99,6 +103,9 @@ struct RefcountRebuild {
         let found = counts.count(of: cluster) &- (formerL1.contains(cluster) ? 1 : 0)
         return found == 0 && keepsUnreferenced && cluster < fileClusterCount ? 1 : found
     }
+
+    /// The counts of everything but the new structures.
+    var allCounts: ReferenceCounts { counts }
 
     /// Edits of the L1 table, at its new place if it has one.
     func moved(_ l1Edits: [RepairPlan.Edit]) -> [RepairPlan.Edit] {

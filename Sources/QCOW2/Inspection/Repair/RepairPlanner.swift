@@ -28,7 +28,8 @@ struct RepairPlanner {
 
     private func planRebuild() throws(ImageError) -> RepairPlan {
         var plan = RepairPlan()
-        let rebuild = try RefcountRebuild(device, examination, keepsUnreferenced: !mayLower)
+        let rebuild = try RefcountRebuild(
+            device, header: header, keepsUnreferenced: !mayLower)
         let tables = try corrections { rebuild.count(of: $0) }
         let l1Edits = rebuild.moved(tables.l1Edits)
         plan.add(rebuild.newStructures + l1Edits, rebuild.description)
