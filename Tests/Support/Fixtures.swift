@@ -3,7 +3,7 @@ internal import Glibc
 /// Every kind of image of the format's test recipes.
 package enum Fixtures {
     /// What qcowfs reads of the features that not every image has.
-    package static let readFeatures: Set<Fixture.Feature> = [.dataFile]
+    package static let readFeatures: Set<Fixture.Feature> = [.dataFile, .extendedL2]
 
     package static let all: [Fixture] =
         plain + refcounts + clusters + preallocated + compressed + kept + layered + extended
@@ -47,7 +47,8 @@ package enum Fixtures {
             try made.create()
             try made.io(
                 "write -P 0x11 0 1M", "write -z 64k 64k", "write -z -u 192k 128k",
-                "write -z 2M 128k", "discard 512k 128k")
+                "write -z 2M 128k", "discard 512k 128k", "write 3200k 64k", "write 3M 64k",
+                "write 3136k 64k", "write -z 3M 192k")
         },
         Fixture("an entry patched to read as zeros, not COPIED") { made in
             try made.create()
