@@ -54,11 +54,12 @@ extension ClusterMap {
         }
     }
 
-    /// Whether `new` shows data that `old` did not show.
+    /// Whether `new` shows data that `old` did not show, or has a cluster of its own that was made
+    /// for it: either must be in the file before the entry is.
     private func exposesData(_ new: L2Entry, over old: L2Entry) -> Bool {
+        if new.offset != 0, new.offset != old.offset { return true }
         guard isExtended, !new.isCompressed else { return new.showsData }
-        let shown = old.offset == new.offset ? old.subclusters.allocated : 0
-        return new.subclusters.allocated & ~shown != 0
+        return new.subclusters.allocated & ~old.subclusters.allocated != 0
     }
 
     /// Points L1 entry `index` to a new table at `offset`, whose content, a copy of the old table
