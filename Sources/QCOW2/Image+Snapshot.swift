@@ -53,11 +53,16 @@ extension Image {
     /// closed.
     /// - Throws: `.invalidArgument` where there is no such snapshot, `.malformed`, `.system`.
     public func openSnapshot(_ word: String) throws(ImageError) -> Image {
-        let snapshot = try withSnapshotList { list throws(ImageError) in
-            guard let found = list.snapshots.find(word), !list.leaving.contains(found.l1Offset)
-            else { throw noSnapshot(word) }
-            list.viewCounts[found.l1Offset, default: 0] += 1
-            return found
+        guard let snapshot = try snapshots().find(word) else { throw noSnapshot(word) }
+        return try openSnapshot(snapshot)
+    }
+
+    /// Opens the snapshot that `snapshots()` has as `snapshot`.
+    public func openSnapshot(_ snapshot: Snapshot) throws(ImageError) -> Image {
+        try withSnapshotList { list throws(ImageError) in
+            guard list.snapshots.contains(snapshot), !list.leaving.contains(snapshot.l1Offset)
+            else { throw noSnapshot(snapshot.name) }
+            list.viewCounts[snapshot.l1Offset, default: 0] += 1
         }
         do throws(ImageError) {
             return try view(of: snapshot)

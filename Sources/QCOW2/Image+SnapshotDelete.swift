@@ -1,7 +1,7 @@
 /// Deleting a snapshot.
 extension Image {
     /// Deletes the snapshot `word`, a name or an identifier; what only it kept is free afterwards.
-    /// - Throws: `.invalidArgument` where there is no such snapshot, or somebody reads it;
+    /// - Throws: `.invalidArgument` where there is no such snapshot, `.snapshotInUse`;
     ///   `.malformed` where its L1 table cannot be; `.system`.
     public func deleteSnapshot(_ word: String) throws(ImageError) {
         try changeSnapshots { writing throws(ImageError) in
@@ -17,9 +17,7 @@ extension Image {
         try withSnapshotList { list throws(ImageError) in
             guard let found = list.snapshots.findForDeletion(word) else { throw noSnapshot(word) }
             guard list.viewCounts[found.l1Offset] == nil else {
-                throw ImageError(
-                    .invalidArgument("the snapshot '\(found.name)' is being read"),
-                    file: top.file.name)
+                throw ImageError(.snapshotInUse(found.name), file: top.file.name)
             }
             list.leaving.insert(found.l1Offset)
             return found

@@ -136,6 +136,11 @@ public final class Image: Sendable {
     /// The files in which the layers' guest data lies, top first.
     public var dataFiles: [String] { (0..<layerCount).map { layers[$0].data.name } }
 
+    /// Which file each layer lies in; nil for one that lies in none.
+    package var identities: [FileDevice.Identity?] {
+        (0..<layerCount).map { (layers[$0].file.device as? FileDevice)?.identity }
+    }
+
     var top: Layer {
         @inline(__always) unsafeAddress { UnsafePointer(layers) }
     }

@@ -24,6 +24,8 @@ public struct ImageError: Error, Equatable, Sendable, CustomStringConvertible {
         case backing(String)
         /// The external data file is missing, unreadable or not named.
         case dataFile(String)
+        /// A snapshot (by name) that somebody reads was to be deleted.
+        case snapshotInUse(String)
         /// A write to something opened read-only.
         case readOnly
         /// An earlier write or sync failed, and the image takes no writes any more.
@@ -56,7 +58,7 @@ public struct ImageError: Error, Equatable, Sendable, CustomStringConvertible {
         case .invalidArgument: EINVAL
         case .unsupported: EOPNOTSUPP
         case .denied: EACCES
-        case .locked: EBUSY
+        case .locked, .snapshotInUse: EBUSY
         case .cancelled: ECANCELED
         case .notQCOW2, .malformed, .corrupt, .backing, .dataFile: EIO
         }
@@ -87,6 +89,8 @@ public struct ImageError: Error, Equatable, Sendable, CustomStringConvertible {
         case .denied(let reference, let rule):
             "names \(reference), which \(rule); allow it with --allow-path DIR or --trust-paths"
         case .backing(let words), .dataFile(let words): words
+        case .snapshotInUse(let name):
+            "the snapshot '\(name)' is being read: close or detach its file first"
         case .readOnly: "opened read-only"
         case .failed(let error):
             "takes no writes any more: an earlier write or sync failed (\(error))"
@@ -101,7 +105,6 @@ public struct ImageError: Error, Equatable, Sendable, CustomStringConvertible {
 public enum Feature: Equatable, Sendable {
     case version(UInt32)
     case encryption(method: UInt32)
-    case snapshotAccess
     /// Incompatible feature bits that nobody here knows; names come from the feature name table.
     case unknownIncompatible(names: [String], bits: UInt64)
     case compressionType(UInt8)
@@ -111,7 +114,6 @@ public enum Feature: Equatable, Sendable {
         case .version(let number): "qcow2 version \(number) is not supported (2 and 3 are)"
         case .encryption(let method):
             "encryption (\(method == 1 ? "AES" : "LUKS")) is not supported"
-        case .snapshotAccess: "reading an internal snapshot is not supported"
         case .unknownIncompatible(let names, let bits):
             "uses incompatible features that are not known: "
                 + (names + (bits == 0 ? [] : ["bits \(hex(bits))"])).joined(

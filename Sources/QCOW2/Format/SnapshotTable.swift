@@ -19,6 +19,25 @@ public struct Snapshot: Sendable, Hashable {
     /// The extra data as stored, kept on every rewrite.
     public var extraData: [UInt8]
 
+    package init(
+        l1Offset: UInt64, l1EntryCount: UInt32, idBytes: [UInt8], nameBytes: [UInt8],
+        seconds: UInt32, nanoseconds: UInt32, guestClockNanoseconds: UInt64,
+        vmStateByteCount: UInt64, diskByteCount: UInt64?, instructionCount: UInt64?,
+        extraData: [UInt8]
+    ) {
+        self.l1Offset = l1Offset
+        self.l1EntryCount = l1EntryCount
+        self.idBytes = idBytes
+        self.nameBytes = nameBytes
+        self.seconds = seconds
+        self.nanoseconds = nanoseconds
+        self.guestClockNanoseconds = guestClockNanoseconds
+        self.vmStateByteCount = vmStateByteCount
+        self.diskByteCount = diskByteCount
+        self.instructionCount = instructionCount
+        self.extraData = extraData
+    }
+
     public var id: String { String(decoding: idBytes, as: UTF8.self) }
     public var name: String { String(decoding: nameBytes, as: UTF8.self) }
 

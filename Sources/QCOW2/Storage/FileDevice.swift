@@ -18,6 +18,9 @@ public final class FileDevice: BlockDevice {
             inode = UInt64(truncatingIfNeeded: status.st_ino)
         }
 
+        /// One word that says which file it is.
+        package var word: String { "\(device):\(inode)" }
+
         /// The file that `path` names, nil where there is none to see.
         package init?(ofFileAt path: String) {
             var status = stat()
