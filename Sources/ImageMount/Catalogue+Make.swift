@@ -17,6 +17,10 @@ extension Catalogue {
             throw MountError(
                 mountpoint.path, "a file shows one image only: mount several on a directory")
         }
+        if mountpoint.isFile, options.showsSnapshots {
+            throw MountError(
+                mountpoint.path, "a file shows no snapshots: mount on a directory for --snapshots")
+        }
         let names = try names(of: sources, options)
         var nodes: [NodeAddress] = []
         for (source, name) in zip(sources, names) {
@@ -25,7 +29,8 @@ extension Catalogue {
                 NodeAddress(FileNode(name: name, opener: opener, image: try opener.open())))
         }
         return Catalogue(
-            mountpoint.isFile ? .file : .directory, source: joined(sources), nodes: nodes)
+            mountpoint.isFile ? .file : .directory, source: joined(sources),
+            showsSnapshots: options.showsSnapshots, nodes: nodes)
     }
 
     /// The absolute path of an image that may be opened as it is wanted.
@@ -97,7 +102,8 @@ extension Catalogue {
         }
         let directory = ImageDirectory(path: path, options: options)
         try directory.checkNames()
-        return Catalogue(.mirror(of: directory), source: path)
+        return Catalogue(
+            .mirror(of: directory), source: path, showsSnapshots: options.showsSnapshots)
     }
 
     private static func isDirectory(_ path: String) -> Bool {

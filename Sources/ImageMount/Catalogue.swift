@@ -17,17 +17,24 @@ final class Catalogue: Sendable {
     let shape: Shape
     /// What the mountpoint shows, in the words of a mount table: the images' paths.
     let source: String
+    /// Whether snapshots appear beside their disks.
+    let showsSnapshots: Bool
     private let nodes: Mutex<[String: NodeAddress]>
 
-    init(_ shape: Shape, source: String, nodes: [NodeAddress] = []) {
+    init(
+        _ shape: Shape, source: String, showsSnapshots: Bool = false, nodes: [NodeAddress] = []
+    ) {
         self.shape = shape
         self.source = source
+        self.showsSnapshots = showsSnapshots
         let named = nodes.map { ($0.pointer.pointee.name, $0) }
         self.nodes = Mutex(Dictionary(named, uniquingKeysWith: { first, _ in first }))
     }
 
     /// Whether files come and go by themselves, so that the kernel must ask again.
-    var changesByItself: Bool {
+    var changesByItself: Bool { isMirror || showsSnapshots }
+
+    var isMirror: Bool {
         if case .mirror = shape { true } else { false }
     }
 
@@ -40,33 +47,58 @@ final class Catalogue: Sendable {
     /// Every file that was ever shown.
     var allNodes: [NodeAddress] { nodes.withLock { Array($0.values) } }
 
+    /// Those of them that are the disks of images.
+    var disks: [NodeAddress] { allNodes.filter { !$0.pointer.pointee.source.isReadOnly } }
+
     /// The file called `name`.
-    func lookUp(_ name: String) -> NodeAddress? {
+    func lookUp(_ name: String) -> NodeAddress? { lookUpDisk(name) ?? lookUpSnapshot(name) }
+
+    func lookUpDisk(_ name: String) -> NodeAddress? {
         if case .mirror(let directory) = shape {
             guard let found = directory.image(exposedAs: name) else { return nil }
             return node(for: found, in: directory)
         }
-        return nodes.withLock { $0[name] }
+        let node = nodes.withLock { $0[name] }
+        return node.flatMap { $0.pointer.pointee.source.isReadOnly ? nil : $0 }
     }
 
     /// The files there are, sorted by name.
     func list() -> [Entry] {
-        let entries: [Entry]
+        let disks = listDisks()
+        return (disks + snapshotEntries(besides: disks)).sorted { $0.name < $1.name }
+    }
+
+    func listDisks() -> [Entry] {
         if case .mirror(let directory) = shape {
-            entries = directory.images().map {
+            directory.images().map {
                 Entry(name: $0.name, inodeNumber: ExposedName.inodeNumber(of: $0.name))
             }
         } else {
-            entries = allNodes.map {
+            disks.map {
                 Entry(name: $0.pointer.pointee.name, inodeNumber: $0.pointer.pointee.inodeNumber)
             }
         }
-        return entries.sorted { $0.name < $1.name }
     }
 
     struct Entry: Sendable {
         let name: String
         let inodeNumber: UInt64
+    }
+
+    /// The node of a snapshot: the one it had, or a new one.
+    func node(named name: String, for snapshot: Snapshot, of disk: NodeAddress) -> NodeAddress {
+        nodes.withLock { nodes in
+            if let known = nodes[name], case .snapshot(let source) = known.pointer.pointee.source,
+                source.snapshot == snapshot, source.disk.pointer == disk.pointer
+            {
+                return known
+            }
+            // The one it replaces stays where it is: the kernel may still call it by its address.
+            let node = NodeAddress(
+                FileNode(name: name, snapshot: SnapshotSource(disk: disk, snapshot: snapshot)))
+            nodes[name] = node
+            return node
+        }
     }
 
     /// The node of an image in the mirrored directory: the one it had, or a new one.

@@ -9,7 +9,7 @@ internal import Synchronization
 struct FileNode: ~Copyable, Sendable {
     let name: String
     let inodeNumber: UInt64
-    let opener: ImageOpener
+    let source: NodeSource
     /// Which file the image was when the node was made; another one of this name is another node.
     let identity: FileIdentity?
     private let state: Mutex<State>
@@ -27,19 +27,25 @@ struct FileNode: ~Copyable, Sendable {
 
     /// A file whose image is open from the start and stays so.
     init(name: String, opener: ImageOpener, image: consuming MountedImage) {
-        self.init(name: name, opener: opener, identity: nil, address: ImageAddress(image))
+        self.init(
+            name: name, source: .image(opener), identity: nil, address: ImageAddress(image))
     }
 
     /// A file whose image is opened by the first client and closed after the last one.
     init(name: String, opener: ImageOpener, identity: FileIdentity) {
-        self.init(name: name, opener: opener, identity: identity, address: nil)
+        self.init(name: name, source: .image(opener), identity: identity, address: nil)
+    }
+
+    /// A snapshot beside its disk.
+    init(name: String, snapshot: SnapshotSource) {
+        self.init(name: name, source: .snapshot(snapshot), identity: nil, address: nil)
     }
 
     private init(
-        name: String, opener: ImageOpener, identity: FileIdentity?, address: ImageAddress?
+        name: String, source: NodeSource, identity: FileIdentity?, address: ImageAddress?
     ) {
         self.name = name
-        self.opener = opener
+        self.source = source
         self.identity = identity
         inodeNumber = ExposedName.inodeNumber(of: name)
         state = Mutex(State(image: address, isPermanent: address != nil))
@@ -76,7 +82,7 @@ extension FileNode {
     borrowing func open(isWriter: Bool, prefersDirect: Bool) throws(SystemError) -> Opening {
         if prefersDirect { waitForWriters() }
         return try locked { state throws(SystemError) in
-            let image = try Self.image(in: &state, opener: opener)
+            let image = try Self.image(in: &state, source: source)
             let isFresh = state.counts.handleCount == 0 && state.wasClosed
             if isFresh { state.wasClosed = false }
             let mode = state.counts.admit(isWriter: isWriter, prefersDirect: prefersDirect)
@@ -102,14 +108,24 @@ extension FileNode {
     borrowing func close(isWriter: Bool, mode: OpenCounts.Mode) {
         state.withLock { state in
             state.counts.leave(isWriter: isWriter, mode: mode)
-            Self.closeIfUnused(&state)
+            Self.closeIfUnused(&state, source)
+        }
+    }
+
+    /// Opens the image, where it is not open, for one of its snapshots: `closeAfterFlushing` ends
+    /// that.
+    borrowing func openForSnapshot() throws(SystemError) -> Opening {
+        try locked { state throws(SystemError) in
+            let image = try Self.image(in: &state, source: source)
+            state.ownHandleCount += 1
+            return Opening(image: image, mode: .cached, keepsCache: true)
         }
     }
 
     borrowing func closeAfterFlushing() {
         state.withLock { state in
             state.ownHandleCount -= 1
-            Self.closeIfUnused(&state)
+            Self.closeIfUnused(&state, source)
         }
     }
 
@@ -123,15 +139,15 @@ extension FileNode {
     }
 
     private static func image(
-        in state: inout State, opener: ImageOpener
+        in state: inout State, source: NodeSource
     ) throws(SystemError) -> ImageAddress {
         if let image = state.image { return image }
-        let image = try opener.openWhileServing()
+        let image = try source.openWhileServing()
         state.image = image
         return image
     }
 
-    private static func closeIfUnused(_ state: inout State) {
+    private static func closeIfUnused(_ state: inout State, _ source: NodeSource) {
         guard !state.isPermanent, state.counts.handleCount == 0, state.ownHandleCount == 0 else {
             return
         }
@@ -140,6 +156,7 @@ extension FileNode {
         state.wasClosed = true
         if let error = image.closeImage() { image.pointer.pointee.log.report(error) }
         image.free()
+        source.wasClosed()
     }
 
     /// `withLock` with a typed error.

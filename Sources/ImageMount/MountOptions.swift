@@ -24,6 +24,8 @@ public struct MountOptions: Sendable {
     public var group: UInt32?
     public var umask: UInt32?
     public var overlay: Overlay?
+    /// Whether internal snapshots appear beside their disks.
+    public var showsSnapshots = false
     /// How writes, discards and size changes are taken.
     public var rules = FileRules()
     /// Bytes of L2 tables kept in memory, all images together.

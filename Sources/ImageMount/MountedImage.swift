@@ -27,6 +27,19 @@ package struct MountedImage: ~Copyable, Sendable {
         log = TroubleLog(logger)
     }
 
+    /// A snapshot of the image, with the same names and rules.
+    borrowing func sharing(_ view: Image) -> MountedImage {
+        MountedImage(view, path: path, rules: rules, log: log)
+    }
+
+    private init(_ image: Image, path: String, rules: FileRules, log: TroubleLog) {
+        self.image = image
+        self.path = path
+        self.rules = rules
+        file = ImageFile(path)
+        self.log = log
+    }
+
     /// Bytes of the exposed file.
     package var size: UInt64 { image.size }
 

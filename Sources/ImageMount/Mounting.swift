@@ -108,7 +108,7 @@ public enum Mounting {
 extension Daemon {
     /// The paths of the raw files; none for a mirrored directory, whose files come and go.
     fileprivate var rawFiles: [String] {
-        if catalogue.changesByItself { return [] }
-        return catalogue.allNodes.map { ownAccess.path(of: $0.pointer) }.sorted()
+        if catalogue.isMirror { return [] }
+        return catalogue.disks.map { ownAccess.path(of: $0.pointer) }.sorted()
     }
 }

@@ -83,9 +83,6 @@ struct Mount: Verb {
     }
 
     private func refuseWhatIsNotBuilt() throws {
-        if flags.snapshots {
-            throw ImageError(.unsupported(.snapshotAccess), file: "--snapshots")
-        }
         if let file = flags.passphraseFile {
             throw ImageError(
                 .unsupported(.encryption(method: 2)), file: "--passphrase-file \(file)")

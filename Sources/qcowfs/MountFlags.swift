@@ -93,7 +93,7 @@ struct MountFlags: ParsableArguments {
             valueName: "level"))
     var logLevel = "notice"
 
-    @Flag(help: ArgumentHelp("Show internal snapshots beside the disk.", visibility: .hidden))
+    @Flag(help: "Show every internal snapshot beside its disk, as NAME@SNAPSHOT.raw.")
     var snapshots = false
 
     @Option(help: ArgumentHelp("The passphrase of an encrypted image.", visibility: .hidden))
@@ -110,6 +110,7 @@ extension MountFlags {
         options.visibility = allowOther ? .everybody : allowRoot ? .ownerAndRoot : .owner
         (options.owner, options.group) = (uid, gid)
         options.umask = try umask.map(Self.mask)
+        options.showsSnapshots = snapshots
         options.overlay = overlay.map { $0 == "tmp" ? .temporary : .file($0) }
         options.rules = try rules()
         options.cacheByteCount = try cacheByteCount(instead: options.cacheByteCount)

@@ -1,4 +1,5 @@
 internal import ArgumentParser
+internal import ImageMount
 internal import QCOW2
 
 /// `qcowfs snapshot`: lists, makes, applies and deletes internal snapshots.
@@ -52,27 +53,45 @@ struct Snapshots: Verb {
 
     func perform() throws -> Int32 {
         if let create {
-            try change { image throws(ImageError) in try image.createSnapshot(create) }
+            try change { image throws(ImageError) in
+                try image.createSnapshot(create)
+            } throughDaemon: { holder throws(MountError) in
+                try holder.createSnapshot(create)
+            }
         } else if let apply {
-            try change { image throws(ImageError) in try image.applySnapshot(apply) }
+            try change { image throws(ImageError) in
+                try image.applySnapshot(apply)
+            } throughDaemon: { holder throws(MountError) in
+                try holder.applySnapshot(apply)
+            }
         } else if let delete {
-            try change { image throws(ImageError) in try image.deleteSnapshot(delete) }
+            try change { image throws(ImageError) in
+                try image.deleteSnapshot(delete)
+            } throughDaemon: { holder throws(MountError) in
+                try holder.deleteSnapshot(delete)
+            }
         } else {
-            show(try ImageInfo(path: image, locking: isShared ? .forceShare : .required).snapshots)
+            show(try snapshots())
         }
         return 0
     }
 
-    private func change(_ body: (Image) throws(ImageError) -> Void) throws(ImageError) {
-        let opened = try Image.open(image, options: OpenOptions(policy: policy.policy))
+    private func change(
+        _ body: (Image) throws(ImageError) -> Void,
+        throughDaemon: (ImageHolder) throws(MountError) -> Void
+    ) throws {
+        try HeldImage.change(image, policy: policy.policy, body, throughDaemon: throughDaemon)
+    }
+
+    private func snapshots() throws -> [Snapshot] {
         do throws(ImageError) {
-            try body(opened)
+            return try ImageInfo(path: image, locking: isShared ? .forceShare : .required).snapshots
         } catch {
-            // What went wrong first is what matters.
-            do throws(ImageError) { try opened.close() } catch {}
-            throw error
+            guard case .locked = error.kind, let holder = ImageHolder.find(image) else {
+                throw error
+            }
+            return try holder.snapshots()
         }
-        try opened.close()
     }
 
     private func show(_ snapshots: [Snapshot]) {

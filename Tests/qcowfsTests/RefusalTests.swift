@@ -36,11 +36,6 @@ struct RefusalTests {
         }
     }
 
-    @Test("--snapshots, which is not built yet")
-    func snapshots() throws {
-        try refuses(options: ["--snapshots"], naming: ["snapshot"]) { try makeImage($1) }
-    }
-
     @Test("an unknown incompatible feature, by the name that the image gives it")
     func unknownFeature() throws {
         try refuses(naming: ["disk.qcow2", "time travel"]) { folder, _ in

@@ -36,10 +36,17 @@ struct ControlClient: ~Copyable {
         return pairs.isEmpty ? nil : Dictionary(pairs, uniquingKeysWith: { _, last in last })
     }
 
+    /// Asks for work that takes its time, and returns the answer's lines; nil where the daemon ends
+    /// without one.
+    borrowing func wait(for question: String) -> [String: String]? {
+        ControlSocket.limit(connection, seconds: 0)
+        return ask(question)
+    }
+
     private borrowing func readAll() -> String? {
         var bytes: [UInt8] = []
         var part = [UInt8](repeating: 0, count: 4096)
-        while bytes.count < 1 << 20 {
+        while bytes.count < 256 << 20 {
             let count = recv(connection, &part, part.count, 0)
             guard count >= 0 else { return nil }
             guard count > 0 else { break }

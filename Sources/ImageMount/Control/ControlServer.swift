@@ -4,7 +4,7 @@ internal import Synchronization
 
 /// Answers questions about a running mount, and tells those who wait how it ended.
 ///
-/// A question is one line; `about` and `stats` are answered with lines `key=value`, `wait` with one
+/// A question is one line.  What takes its time gets a thread of its own.  `about` and `stats` are answered with lines `key=value`, `wait` with one
 /// line when the images are closed: `done`, or `failed SENTENCE`.
 final class ControlServer: Sendable {
     private let listener = Mutex<Int32>(-1)
@@ -69,16 +69,34 @@ final class ControlServer: Sendable {
             }
             return
         }
-        let lines = question.flatMap(answer) ?? []
+        guard let question, Daemon.isJob(question) else {
+            return reply(to: question ?? "", connection)
+        }
+        do throws(MountError) {
+            try startThread("control-job") { self.reply(to: question, connection) }
+        } catch {
+            reply(to: question, connection)
+        }
+    }
+
+    private func reply(to question: String, _ connection: Int32) {
+        let lines = answer(question) ?? []
         ControlSocket.send(lines.map { "\($0)=\($1)\n" }.joined(), to: connection)
         close(connection)
     }
 
     private static func line(from connection: Int32) -> String? {
-        var bytes = [UInt8](repeating: 0, count: 64)
-        let count = recv(connection, &bytes, bytes.count, 0)
-        guard count > 0, bytes[count - 1] == UInt8(ascii: "\n") else { return nil }
-        return String(decoding: bytes[..<(count - 1)], as: UTF8.self)
+        var line: [UInt8] = []
+        var part = [UInt8](repeating: 0, count: 4096)
+        while line.count < 256 << 10 {
+            let count = recv(connection, &part, part.count, 0)
+            guard count > 0 else { return nil }
+            line += part[..<count]
+            if line.last == UInt8(ascii: "\n") {
+                return String(decoding: line.dropLast(), as: UTF8.self)
+            }
+        }
+        return nil
     }
 
     /// Takes no more questions: the mount's number may belong to another one from now on.

@@ -16,6 +16,8 @@ final class Daemon: Sendable {
     private let since: Int
     /// The number of the mounted file system, once it is known.
     let device = Mutex<String?>(nil)
+    /// Work that was asked for over the control socket.
+    let jobs = JobGate()
     private let isClaimed = Mutex(false)
 
     init(catalogue: Catalogue, mountpoint: String, options: MountOptions) {
@@ -60,8 +62,8 @@ final class Daemon: Sendable {
 
     /// Starts what the images do beside the requests.
     private func startImages() throws(MountError) {
-        for node in catalogue.allNodes {
-            let opener = node.pointer.pointee.opener
+        for node in catalogue.disks {
+            guard case .image(let opener) = node.pointer.pointee.source else { continue }
             _ = node.pointer.pointee.withOpenImage { opener.startThreads(of: $0.pointee.image) }
         }
     }
@@ -90,8 +92,17 @@ final class Daemon: Sendable {
 
     /// Writes and closes every image; returns what went wrong.
     func closeImages() -> String? {
+        jobs.close()
         let troubles = catalogue.allNodes.compactMap { $0.pointer.pointee.finish() }
         return troubles.isEmpty ? nil : troubles.map(\.description).joined(separator: "; ")
+    }
+
+    private func answer(words: [String]) -> [(String, String)]? {
+        switch words.first {
+        case "holds": answerHolds(words)
+        case let verb? where Self.isJob(verb): work(words)
+        default: nil
+        }
     }
 
     /// Answers a question that came over the control socket.
@@ -104,7 +115,7 @@ final class Daemon: Sendable {
                 ("mode", options.isReadOnly || options.forcesShare ? "ro" : "rw"),
             ]
         case "stats": counters.pointer.pointee.lines()
-        default: nil
+        default: answer(words: ControlWords.words(question) ?? [])
         }
     }
 }

@@ -24,7 +24,9 @@ func status(
     of node: UnsafeMutablePointer<FileNode>, _ context: borrowing MountContext
 ) throws(SystemError) -> stat {
     let attributes = try node.pointee.attributes()
-    return context.appearance.file(attributes, inodeNumber: node.pointee.inodeNumber)
+    return context.appearance.file(
+        attributes, inodeNumber: node.pointee.inodeNumber,
+        isReadOnly: node.pointee.source.isReadOnly)
 }
 
 /// Takes a change of size; times are the image's own, owner and mode are the mount's.
@@ -67,7 +69,7 @@ func answerSpace(
     var report = statvfs()
     let space =
         context.node(number)?.pointee.space()
-        ?? context.catalogue.allNodes.compactMap { $0.pointer.pointee.space() }.summed
+        ?? context.catalogue.disks.compactMap { $0.pointer.pointee.space() }.summed
     report.f_bsize = UInt(clamping: space.unitByteCount)
     report.f_frsize = report.f_bsize
     report.f_blocks = fsblkcnt_t(space.unitCount)
@@ -93,13 +95,13 @@ extension FileNode {
     /// Asks the open image, or has a look at the one that nobody has opened.
     borrowing func attributes() throws(SystemError) -> ImageAttributes {
         if let attributes = withOpenImage({ $0.pointee.attributes() }) { return attributes }
-        return try opener.peek()
+        return try source.peek()
     }
 
     borrowing func space() -> SpaceReport? { withOpenImage { $0.pointee.space() } }
 
     borrowing func truncate(to size: UInt64, isReadOnly: Bool) throws(SystemError) {
-        guard !isReadOnly else { throw .readOnly }
+        guard !isReadOnly, !source.isReadOnly else { throw .readOnly }
         // Opened as by a client, for a change of size may come without an open file.
         let opening = try open(isWriter: true, prefersDirect: false)
         defer { close(isWriter: true, mode: opening.mode) }

@@ -8,7 +8,9 @@ func answerOpen(
 ) {
     guard let node = context.node(number) else { return reply.status(EISDIR) }
     let isWriter = flags & O_ACCMODE != O_RDONLY
-    guard !isWriter || !context.isReadOnly else { return reply.status(EROFS) }
+    guard !isWriter || !(context.isReadOnly || node.pointee.source.isReadOnly) else {
+        return reply.status(EROFS)
+    }
     let isOwn = context.ownAccess.isFlushing(thread: caller)
     do throws(SystemError) {
         // What a kernel holds back while it writes back must be seen by direct requests too: with

@@ -51,7 +51,7 @@ struct MountContext: ~Copyable, Sendable {
     }
 
     /// Seconds for which the kernel may believe a name.  Nobody but this daemon changes the files
-    /// it was given; those of a mirrored directory come and go.
+    /// it was given; those of a mirrored directory come and go, and so do snapshots.
     var nameValidity: Double { catalogue.changesByItself ? 1 : 86400 }
 
     /// Seconds for which the kernel may believe attributes: blocks and times move by themselves,
@@ -97,10 +97,12 @@ struct Appearance: Sendable {
     }
 
     /// What `stat` tells of a file with these attributes.
-    func file(_ attributes: ImageAttributes, inodeNumber: UInt64) -> stat {
+    func file(
+        _ attributes: ImageAttributes, inodeNumber: UInt64, isReadOnly: Bool = false
+    ) -> stat {
         var status = stat()
         status.st_ino = ino_t(inodeNumber)
-        status.st_mode = S_IFREG | fileMode
+        status.st_mode = S_IFREG | (isReadOnly ? fileMode & ~0o222 : fileMode)
         status.st_nlink = 1
         status.st_uid = owner
         status.st_gid = group

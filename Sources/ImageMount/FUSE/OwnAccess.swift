@@ -101,6 +101,37 @@ extension OwnAccess {
         }
     }
 
+    /// Makes the kernel hand over the dirty pages of one file, if it may have some.
+    func bringOut(_ node: UnsafeMutablePointer<FileNode>) {
+        guard node.pointee.writerCount > 0 else { return }
+        if !flush(node) { _ = dropPages(of: number(of: node)) }
+    }
+
+    /// The whole disk, or its size, is another one: the kernel forgets what it knows, and learns
+    /// the size at once, which a loop device asks of nobody but the kernel.
+    func diskChanged(_ node: UnsafeMutablePointer<FileNode>, restoresSize: Bool) {
+        _ = dropPages(of: number(of: node))
+        kernelForgetsAttributes(of: number(of: node))
+        if restoresSize { return restoreSize(of: number(of: node)) }
+        var status = stat()
+        _ = stat(path(of: node), &status)
+    }
+
+    /// Makes the kernel ask again which snapshots there are.
+    func namesChanged() {
+        guard catalogue.showsSnapshots, let session = session.withLock({ $0 }) else { return }
+        for node in catalogue.allNodes where node.pointer.pointee.source.isReadOnly {
+            let name = node.pointer.pointee.name
+            fuse_lowlevel_notify_inval_entry(
+                session.pointer, fuse_ino_t(FUSE_ROOT_ID), name, name.utf8.count)
+        }
+    }
+
+    private func number(of node: UnsafeMutablePointer<FileNode>) -> fuse_ino_t {
+        catalogue.rootFile == nil
+            ? fuse_ino_t(UInt(bitPattern: node)) : fuse_ino_t(FUSE_ROOT_ID)
+    }
+
     /// Makes the kernel hand over the dirty pages of one file; false where it could not be asked.
     private func flush(_ node: UnsafeMutablePointer<FileNode>) -> Bool {
         let descriptor = open(path(of: node))
