@@ -17,7 +17,9 @@ extension Catalogue {
         let taken = Set(listDisks().map(\.name))
         for place in name.indices where name[place] == "@" {
             let diskName = String(name[..<place]) + ".raw"
-            if let snapshot = snapshots(ofDisk: diskName, taken: taken)[name], let disk = lookUpDisk(diskName) {
+            if let snapshot = snapshots(ofDisk: diskName, taken: taken)[name],
+                let disk = lookUpDisk(diskName)
+            {
                 return node(named: name, for: snapshot, of: disk)
             }
         }

@@ -125,7 +125,7 @@ struct RandomRun {
 }
 
 /// One thread's use of a mounted disk.
-private struct DiskUser {
+struct DiskUser {
     let file: TestFile
     let model: ReferenceDisk
     let reservations: RangeReservations

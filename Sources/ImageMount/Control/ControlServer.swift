@@ -4,8 +4,9 @@ internal import Synchronization
 
 /// Answers questions about a running mount, and tells those who wait how it ended.
 ///
-/// A question is one line.  What takes its time gets a thread of its own.  `about` and `stats` are answered with lines `key=value`, `wait` with one
-/// line when the images are closed: `done`, or `failed SENTENCE`.
+/// A question is one line.  What takes its time gets a thread of its own.  `about` and `stats` are
+/// answered with lines `key=value`, and so is work on the images; `wait` with one line when the
+/// images are closed: `done`, or `failed SENTENCE`.
 final class ControlServer: Sendable {
     private let listener = Mutex<Int32>(-1)
     /// Connections of those who wait for the end.
