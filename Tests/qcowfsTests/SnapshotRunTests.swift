@@ -178,7 +178,19 @@ private final class SnapshotRun {
             try QemuImg.convert(
                 image, to: folder.file("kept.raw"), from: "qcow2", format: "raw",
                 flags: ["-l", name])
-            try compare(folder.file("kept.raw"), with: kept)
+            // QEMU gives every snapshot the disk's present size: what both have is compared here,
+            // and all of it with the tests' own reader.
+            let size = min(kept.byteCount, model.byteCount)
+            let theirs = try TestFile(folder.file("kept.raw"), O_RDONLY).read(0..<size)
+            let place = theirs.withUnsafeBytes { kept.firstDifference(in: 0..<size, from: $0) }
+            if let place {
+                throw RandomRun.Difference(description: "\(name): QEMU differs at \(place)")
+            }
+            let entry = try reader.snapshots().entries.first { $0.name == name }
+            let whole = try ReferenceImage(image)
+            guard let entry, entry.byteCount == kept.byteCount,
+                try whole.firstDifference(from: kept, through: entry.table) == nil
+            else { throw RandomRun.Difference(description: "snapshot \(name) has changed") }
         }
     }
 }
