@@ -81,7 +81,7 @@ private final class SnapshotRun {
             }
             let user = try DiskUser(
                 file: mount.open(), model: model, reservations: reservations,
-                clusterSize: combination.clusterSize)
+                clusterSize: combination.clusterSize, changes: nil)
             var random = RepeatableRandom(
                 seed: seed &* 1009 &+ UInt64(round) &* 31 &+ UInt64(index))
             for _ in 0..<20 { try user.step(&random) }
