@@ -23,12 +23,15 @@ final class DiskWalk: Sendable {
     private let pieceByteCount: UInt64
     private let state = Monitor(State())
 
-    /// A walk over the bytes that at least one of `sources` has, in pieces that cross no multiple
+    /// A walk up to `end`, or over the bytes that at least one of `sources` has, in pieces that cross no multiple
     /// of `pieceByteCount`, a power of two.
-    init(over sources: [SourceDisk], pieceByteCount: UInt64 = DiskWalk.pieceByteCount) {
+    init(
+        over sources: [SourceDisk], end: UInt64? = nil,
+        pieceByteCount: UInt64 = DiskWalk.pieceByteCount
+    ) {
         self.sources = sources
         self.pieceByteCount = pieceByteCount
-        end = sources.map(\.size).max() ?? 0
+        self.end = end ?? sources.map(\.size).max() ?? 0
     }
 
     /// Calls `body` for every piece, with a buffer of `bufferByteCount` bytes a thread, a piece's
