@@ -22,6 +22,12 @@ struct Convert: Verb {
     var options: [String] = []
 
     @Option(
+        name: .customShort("l"),
+        help: ArgumentHelp(
+            "Copy this internal snapshot, by identifier or name.", valueName: "snapshot"))
+    var snapshot: String?
+
+    @Option(
         name: .customShort("S"),
         help: "Runs of zeros of so many bytes become holes; 0 writes them out.")
     var sparse = ByteSize(byteCount: 4096)
@@ -48,7 +54,7 @@ struct Convert: Verb {
         var conversion = Conversion(to: try conversionTarget())
         conversion.sparseByteCount = sparse.byteCount
         conversion.threadCount = threads == 0 ? Processors.count : threads
-        let disk = try sources.open(source, format: sourceFormat)
+        let disk = try sources.open(source, format: sourceFormat, snapshot: snapshotWord)
         let bar = progress.report(of: "convert")
         Interruption.watch()
         do throws(ImageError) {
@@ -64,6 +70,16 @@ struct Convert: Verb {
         bar?.finish()
         try disk.close()
         return 0
+    }
+
+    /// `snapshot.id=1` and `snapshot.name=x` are qemu-img's long words for the same.
+    private var snapshotWord: String? {
+        snapshot.map { word in
+            for prefix in ["snapshot.id=", "snapshot.name="] where word.hasPrefix(prefix) {
+                return String(word.dropFirst(prefix.count))
+            }
+            return word
+        }
     }
 
     private func conversionTarget() throws -> Conversion.Target {

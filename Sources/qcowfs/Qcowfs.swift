@@ -13,11 +13,10 @@ struct Qcowfs: ParsableCommand {
             """,
         version: "0.1.0",
         subcommands: [
-            Mount.self, Umount.self, List.self, Stats.self, Create.self, Info.self, Check.self,
-            Repair.self, Snapshots.self, Resize.self,
-            Convert.self, Compare.self, Measure.self, Commit.self, Discard.self, Amend.self,
-            Read.self, Write.self,
-            Map.self, Bitmap.self,
+            Mount.self, Umount.self, List.self, Stats.self,
+            Create.self, Info.self, Check.self, Repair.self, Map.self,
+            Convert.self, Compare.self, Measure.self, Commit.self, Rebase.self, Amend.self,
+            Resize.self, Snapshots.self, Bitmap.self, Discard.self, Read.self, Write.self,
         ])
 
     static func main() {

@@ -16,8 +16,11 @@ struct SourceOptions: ParsableArguments {
             locking: isShared ? .forceShare : .required)
     }
 
-    func open(_ path: String, format: DiskFormat?) throws(ImageError) -> SourceDisk {
-        try SourceDisk(path: path, format: format?.source, options: openOptions)
+    func open(
+        _ path: String, format: DiskFormat?, snapshot: String? = nil
+    ) throws(ImageError) -> SourceDisk {
+        try SourceDisk(
+            path: path, format: format?.source, snapshot: snapshot, options: openOptions)
     }
 }
 

@@ -2,6 +2,42 @@ internal import Glibc
 
 /// Puts another backing file under an image, whose disk stays as it is.
 public enum Rebase {
+    /// Makes `backing` the backing file of the image at `path`.
+    ///
+    /// What would read differently over it is copied up and durable before the header changes, so
+    /// that the disk stays the same whenever this is interrupted.
+    ///
+    /// - Parameters:
+    ///   - backing: Stored as it is, and found relative to the image; nil for none.
+    ///   - format: The backing file's format; nil has it found out by the magic.
+    ///   - isUnsafe: Whether only the header changes: nothing is compared, and `backing` need not
+    ///     be there, but `format` has to be given.
+    ///   - progress: Told what part is done; false cancels.
+    /// - Throws: what opening, reading, writing and amending throw; `.cancelled`.
+    public static func run(
+        path: String, onto backing: String?, format: SourceDisk.Format? = nil,
+        isUnsafe: Bool = false, options: OpenOptions = OpenOptions(), threadCount: Int = 2,
+        progress: ((Double) -> Bool)? = nil
+    ) throws(ImageError) {
+        var header = AmendOptions()
+        header.backingFile = backing ?? ""
+        header.backingFormat = format?.rawValue
+        if !isUnsafe {
+            let image = try Image.open(path, options: options)
+            defer { try? image.close() }
+            let disk = try backing.flatMap { name throws(ImageError) in
+                try SourceDisk(
+                    path: BackingResolver.location(of: name, from: path), format: format,
+                    options: OpenOptions(access: .readOnly, policy: options.policy))
+            }
+            try copyUp(image, over: disk, threadCount: threadCount, progress: progress)
+            if let disk { header.backingFormat = disk.image == nil ? "raw" : "qcow2" }
+            try disk?.close()
+            try image.close()
+        }
+        try Image.amend(path, options: header, policy: options.policy)
+    }
+
     /// Copies into `image` whatever would read differently over `backing`, and makes it durable.
     ///
     /// - Parameters:

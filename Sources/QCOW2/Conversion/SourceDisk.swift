@@ -32,9 +32,12 @@ public struct SourceDisk: Sendable {
 
     /// Opens the file at `path` read-only.
     ///
-    /// - Parameter format: nil takes a file with the qcow2 magic for an image, all others for raw.
+    /// - Parameters:
+    ///   - format: nil takes a file with the qcow2 magic for an image, all others for raw.
+    ///   - snapshot: The internal snapshot, by identifier or name, that is meant instead.
     public init(
-        path: String, format: Format? = nil, options: OpenOptions = OpenOptions(access: .readOnly)
+        path: String, format: Format? = nil, snapshot: String? = nil,
+        options: OpenOptions = OpenOptions(access: .readOnly)
     ) throws(ImageError) {
         let isImage =
             switch format {
@@ -44,7 +47,9 @@ public struct SourceDisk: Sendable {
             }
         var options = options
         options.access = .readOnly
-        if isImage {
+        if let snapshot {
+            self.init(try Image.openSnapshot(snapshot, ofImageAt: path, options: options))
+        } else if isImage {
             self.init(try Image.open(path, options: options))
         } else {
             let device = try FileDevice(path: path, access: .readOnly, mapsBytes: false)

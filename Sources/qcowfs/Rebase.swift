@@ -1,0 +1,50 @@
+internal import ArgumentParser
+internal import QCOW2
+
+/// `qcowfs rebase`: puts another backing file under an image.
+struct Rebase: Verb {
+    static let configuration = CommandConfiguration(
+        commandName: "rebase",
+        abstract: "Put another backing file under an image, whose disk stays as it is.")
+
+    @Flag(
+        name: .customShort("u"),
+        help: "Change the name in the header and nothing else; the disk may become another one.")
+    var isUnsafe = false
+
+    @Option(
+        name: .customShort("b"),
+        help: ArgumentHelp(
+            "The backing file, found relative to the image; '' for none.", valueName: "file"))
+    var backing: String
+
+    @Option(name: .customShort("F"), help: "Its format; found by its magic without.")
+    var format: DiskFormat?
+
+    @OptionGroup var policy: PolicyOptions
+    @OptionGroup var progress: ProgressOptions
+
+    @Argument(help: "The image.")
+    var image: String
+
+    func perform() throws -> Int32 {
+        let bar = progress.report(of: "rebase")
+        Interruption.watch()
+        do throws(ImageError) {
+            try QCOW2.Rebase.run(
+                path: image, onto: backing.isEmpty ? nil : backing, format: format?.source,
+                isUnsafe: isUnsafe, options: OpenOptions(policy: policy.policy),
+                threadCount: Processors.count
+            ) {
+                bar?.update($0)
+                return !Interruption.hasCome
+            }
+        } catch {
+            bar?.clear()
+            guard error.kind == .cancelled else { throw error }
+            throw Failure(image, "interrupted; it keeps its backing file, and its disk is the same")
+        }
+        bar?.finish()
+        return 0
+    }
+}

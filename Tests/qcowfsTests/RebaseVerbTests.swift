@@ -1,0 +1,92 @@
+import Glibc
+import TestSupport
+import Testing
+
+/// `rebase`: another backing file, the same disk.
+@Suite("Changing the backing file", .enabled(if: QemuImg.isThere, "qemu-img is missing"))
+struct RebaseVerbTests {
+    let folder: TemporaryDirectory
+    let top: String
+    let before: String
+
+    init() throws {
+        folder = try TemporaryDirectory()
+        top = folder.file("top.qcow2")
+        before = folder.file("before.raw")
+        try makeImage(
+            folder.file("old.qcow2"), commands: ["write -q -P 1 0 2M", "write -q -P 2 4M 64k"])
+        try makeImage(
+            folder.file("new.qcow2"), size: 10.MiB,
+            commands: ["write -q -P 1 0 1M", "write -q -P 3 3M 1M", "write -q -P 4 9M 64k"])
+        try makeImage(folder.file("short.qcow2"), size: 1.MiB, commands: ["write -q -P 5 0 1M"])
+    }
+
+    private func makeTop(compat: String = "1.1", backing: String = "old.qcow2") throws {
+        try QemuImg.create(top, size: 10.MiB, options: ["compat=\(compat)"], backing: backing)
+        try QemuImg.io(top, ["write -q -P 9 64k 64k", "write -q -P 8 7M 100k"])
+        try QemuImg.convert(top, to: before, from: "qcow2", format: "raw")
+    }
+
+    private func expectSameDisk(backing: String?) throws {
+        #expect(try QemuImg.difference(before, top) == nil)
+        #expect(try QemuImg.check(top).status == 0)
+        let info = try Command.require("qemu-img", "info", top)
+        if let backing {
+            #expect(info.contains("backing file: \(backing)"))
+        } else {
+            #expect(!info.contains("backing file"))
+        }
+    }
+
+    @Test(
+        "the disk is the same over the new backing file",
+        arguments: ["new.qcow2", "short.qcow2"], ["0.10", "1.1"])
+    func safe(backing: String, compat: String) throws {
+        try makeTop(compat: compat)
+        #expect(try qcowfs("rebase", "-b", backing, "-F", "qcow2", top).status == 0)
+        try expectSameDisk(backing: backing)
+    }
+
+    @Test("the disk is the same over a raw file, whose format is found out")
+    func raw() throws {
+        try makeTop()
+        try QemuImg.convert(
+            folder.file("new.qcow2"), to: folder.file("new.raw"), from: "qcow2", format: "raw")
+        #expect(try qcowfs("rebase", "-b", "new.raw", top).status == 0)
+        try expectSameDisk(backing: "new.raw")
+    }
+
+    @Test("the disk is the same without a backing file", arguments: ["0.10", "1.1"])
+    func none(compat: String) throws {
+        try makeTop(compat: compat)
+        #expect(try qcowfs("rebase", "-b", "", top).status == 0)
+        try expectSameDisk(backing: nil)
+    }
+
+    @Test("zeros of a short backing file stay zeros over a longer one")
+    func zeros() throws {
+        try makeTop(backing: "short.qcow2")
+        #expect(try qcowfs("rebase", "-b", "new.qcow2", "-F", "qcow2", top).status == 0)
+        try expectSameDisk(backing: "new.qcow2")
+        // They take no room for data.
+        #expect(try !QemuImg.dataRanges(top).contains { $0.contains(9.MiB) })
+    }
+
+    @Test("-u changes the header alone, and needs no file, but a format")
+    func unsafe() throws {
+        try makeTop()
+        #expect(try qcowfs("rebase", "-u", "-b", "gone.qcow2", "-F", "qcow2", top).status == 0)
+        #expect(try Command.require("qemu-img", "info", top).contains("gone.qcow2"))
+        #expect(try qcowfs("rebase", "-u", "-b", "old.qcow2", "-F", "qcow2", top).status == 0)
+        try expectSameDisk(backing: "old.qcow2")
+    }
+
+    @Test("a new backing file that is missing changes nothing")
+    func missing() throws {
+        try makeTop()
+        let sum = try Command.require("sha256sum", top)
+        expectRefusal(
+            try qcowfs("rebase", "-b", "gone.qcow2", "-F", "qcow2", top), naming: "gone.qcow2")
+        #expect(try Command.require("sha256sum", top) == sum)
+    }
+}
