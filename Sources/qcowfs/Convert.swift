@@ -21,6 +21,9 @@ struct Convert: Verb {
         help: ArgumentHelp("Options of the new image, as create has them.", valueName: "OPT=VALUE"))
     var options: [String] = []
 
+    @Flag(name: .customShort("c"), help: "Compress the clusters of the new image.")
+    var compresses = false
+
     @Option(
         name: .customShort("l"),
         help: ArgumentHelp(
@@ -48,11 +51,15 @@ struct Convert: Verb {
         guard (0...256).contains(threads) else {
             throw ValidationError("-m takes a number of threads from 1 to 256")
         }
+        if compresses && targetFormat == .raw {
+            throw ValidationError("-c needs -O qcow2: a raw disk cannot be compressed")
+        }
     }
 
     func perform() throws -> Int32 {
         var conversion = Conversion(to: try conversionTarget())
         conversion.sparseByteCount = sparse.byteCount
+        conversion.compresses = compresses
         conversion.threadCount = threads == 0 ? Processors.count : threads
         let disk = try sources.open(source, format: sourceFormat, snapshot: snapshotWord)
         let bar = progress.report(of: "convert")

@@ -167,4 +167,27 @@ struct ConvertTests {
         #expect(try QemuImg.difference(target, top) == nil)
         #expect(try QemuImg.check(top).status == 0)
     }
+
+    @Test("-c makes a smaller image with the same disk", arguments: ["2", "1"])
+    func compressed(threads: String) throws {
+        try convert("-c", "-m", threads, "-O", "qcow2", image, target)
+        #expect(try Command.run(["qemu-img", "compare", image, target]).status == 0)
+        let check = try QemuImg.check(target)
+        #expect(check.status == 0)
+        #expect(check.output.contains("100.00% compressed"), "\(check)")
+        #expect(try TestFile(target, O_RDONLY).byteCount() < 1.MiB)
+    }
+
+    @Test("-l copies a snapshot, by name or by identifier")
+    func snapshot() throws {
+        try convert(image, target)
+        try QemuImg.snapshot(image, create: "before")
+        try QemuImg.io(image, ["write -q -P 77 0 4M"])
+        for word in ["before", "1", "snapshot.name=before"] {
+            let copy = folder.file("copy.raw")
+            try convert("-l", word, image, copy)
+            try Command.require("cmp", copy, target)
+        }
+        expectRefusal(try qcowfs("convert", "-l", "other", image, target), naming: "other")
+    }
 }

@@ -10,8 +10,10 @@ public struct Conversion: Sendable {
     /// Runs of zeros of this many bytes become holes; 0 writes them out.  A qcow2 image leaves
     /// whole clusters out, whatever this says, unless it is 0.
     public var sparseByteCount: UInt64 = 4096
-    /// Threads that copy.
+    /// Threads that copy, or compress.
     public var threadCount = 2
+    /// Whether the clusters of a qcow2 image are compressed.
+    public var compresses = false
 
     public init(to target: Target) { self.target = target }
 
@@ -41,10 +43,14 @@ public struct Conversion: Sendable {
         case .qcow2(let options):
             try Image.create(on: device, size: source.size, options: options)
             let image = try Image.open(
-                device, options: OpenOptions(cacheByteCount: Self.cacheByteCount(source.size)))
-            try copy(
-                source, to: ImageSink(image, keepsZeros: sparseByteCount == 0),
-                unit: image.clusterByteCount, progress)
+                device, options: OpenOptions(cacheByteCount: Self.cacheByteCount))
+            if compresses {
+                try compress(source, into: image, progress)
+            } else {
+                try copy(
+                    source, to: ImageSink(image, keepsZeros: sparseByteCount == 0),
+                    unit: image.clusterByteCount, progress)
+            }
             // The device is its owner's.
             try image.finish()
         }
@@ -61,7 +67,48 @@ public struct Conversion: Sendable {
     }
 
     /// Tables are written front to back: a few are enough.
-    private static func cacheByteCount(_ size: UInt64) -> Int { 8 << 20 }
+    private static let cacheByteCount = 8 << 20
+
+    /// Gives every cluster that is no hole to the threads that compress.
+    private func compress(
+        _ source: SourceDisk, into image: Image, _ progress: ((Double) -> Bool)?
+    ) throws(ImageError) {
+        let writer = try CompressedWriter(image, threadCount: threadCount)
+        do throws(ImageError) {
+            try feed(source, to: writer, clusterByteCount: image.clusterByteCount, progress)
+        } catch {
+            try? writer.finish()
+            throw error
+        }
+        try writer.finish()
+    }
+
+    private func feed(
+        _ source: SourceDisk, to writer: CompressedWriter, clusterByteCount: UInt64,
+        _ progress: ((Double) -> Bool)?
+    ) throws(ImageError) {
+        let buffer = UnsafeMutableRawBufferPointer.allocate(
+            byteCount: Int(clusterByteCount), alignment: 4096)
+        defer { buffer.deallocate() }
+        var offset: UInt64 = 0
+        while offset < source.size {
+            let run = try source.run(at: offset, limit: source.size &- offset)
+            let end = offset &+ run.byteCount
+            let wholeEnd = end == source.size ? end : end & ~(clusterByteCount &- 1)
+            if run.isHole, wholeEnd > offset {
+                offset = wholeEnd
+            } else {
+                let count = min(clusterByteCount, source.size &- offset)
+                let part = UnsafeMutableRawBufferPointer(rebasing: buffer[..<Int(count)])
+                try source.read(into: part, at: offset)
+                try writer.write(UnsafeRawBufferPointer(part), at: offset)
+                offset &+= count
+            }
+            if let progress, !progress(Double(offset) / Double(source.size)) {
+                throw ImageError(.cancelled, file: "")
+            }
+        }
+    }
 
     private func copy(
         _ source: SourceDisk, to sink: some DiskSink, unit: UInt64,
