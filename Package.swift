@@ -34,13 +34,19 @@ let package = Package(
         .systemLibrary(
             name: "CZstd", path: "Modules/CZstd", pkgConfig: "libzstd",
             providers: [.apt(["libzstd-dev"])]),
+        .systemLibrary(
+            name: "CCrypto", path: "Modules/CCrypto", pkgConfig: "libcrypto",
+            providers: [.apt(["libssl-dev"])]),
+        .systemLibrary(
+            name: "CNettle", path: "Modules/CNettle", pkgConfig: "nettle",
+            providers: [.apt(["nettle-dev"])]),
         .systemLibrary(name: "CLinux", path: "Modules/CLinux"),
 
         // The layers, lowest first.
         .target(
             name: "QCOW2",
             dependencies: [
-                "CDeflate", "CZlib", "CZstd", "CLinux",
+                "CDeflate", "CZlib", "CZstd", "CCrypto", "CNettle", "CLinux",
                 .product(name: "Logging", package: "swift-log"),
             ],
             cSettings: gnu, swiftSettings: settings),

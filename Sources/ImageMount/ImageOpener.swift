@@ -24,6 +24,7 @@ struct ImageOpener: Sendable {
             cacheByteCount: max(options.cacheByteCount / max(imageCount, 1), 1 << 20),
             decompressedCacheByteCount: max((32 << 20) / max(imageCount, 1), 4 << 20),
             bypassesPageCache: options.bypassesPageCache,
+            passphrases: options.passphrases,
             logger: options.logger)
     }
 
@@ -66,6 +67,7 @@ struct ImageOpener: Sendable {
         var options = openOptions
         options.access = .readOnly
         options.locking = .forceShare
+        options.passphrases = .locked
         do throws(ImageError) {
             let image = try Image.open(path, options: options)
             let mounted = MountedImage(image, path: path, logger: options.logger)

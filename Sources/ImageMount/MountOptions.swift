@@ -38,6 +38,8 @@ public struct MountOptions: Sendable {
     /// Whether the kernel keeps written pages for a while before it hands them over.
     public var writesBack = false
     public var policy = OpenPolicy.imageDirectory
+    /// What opens encrypted images.
+    public var passphrases = PassphraseSource()
     /// Read-only although another program writes.
     public var forcesShare = false
     public var staysInForeground = false

@@ -35,6 +35,8 @@ public enum Mounting {
         try makeAbsolute(&request.options)
         let options = request.options
         let catalogue = try Catalogue.make(request, at: mountpoint)
+        // Only a directory's images are opened later.
+        if !catalogue.changesByItself { options.passphrases.wipe() }
         let daemon = Daemon(catalogue: catalogue, mountpoint: mountpoint.path, options: options)
         let context = MountContext(
             catalogue: catalogue, options: options, scratch: try Scratch.Key(),

@@ -151,6 +151,6 @@ extension Header {
         if !unknown.names.isEmpty || unknown.bits != 0 {
             return .unknownIncompatible(names: unknown.names, bits: unknown.bits)
         }
-        return encryptionMethod == 0 ? nil : .encryption(method: encryptionMethod)
+        return nil
     }
 }

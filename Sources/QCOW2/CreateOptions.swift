@@ -42,8 +42,8 @@ public struct CreateOptions: Sendable {
     public var dataFile: String?
     /// Whether the data file alone is a raw image of the disk.
     public var dataFileIsRaw = false
-    /// `luks` or `aes`.
-    public var encryptionFormat: String?
+    /// Encrypts guest data with LUKS.
+    public var encryption: LUKSOptions?
 
     public init() {}
 }
@@ -57,10 +57,6 @@ extension CreateOptions {
 
     /// Throws where the options make no image, or one that this version cannot make.
     func check(file: String) throws(ImageError) {
-        if let encryptionFormat {
-            let method: UInt32 = encryptionFormat == "luks" ? 2 : 1
-            throw ImageError(.unsupported(.encryption(method: method)), file: file)
-        }
         if let words = contradiction { throw ImageError(.invalidArgument(words), file: file) }
     }
 
@@ -80,13 +76,17 @@ extension CreateOptions {
             if compressionType != .deflate { return "compression type zstd needs compat=1.1" }
             if hasExtendedL2 { return "extended L2 entries need compat=1.1" }
             if dataFile != nil { return "an external data file needs compat=1.1" }
+            // Nothing else could say that encrypted clusters read as zeros.
+            if encryption != nil, preallocation != .off {
+                return "preallocation of an encrypted image needs compat=1.1"
+            }
         }
         if hasExtendedL2,
             clusterByteCount < 1 &<< UInt64(Limits.clusterBitsWithExtendedL2.lowerBound)
         {
             return "extended L2 entries need clusters of 16k or more"
         }
-        return dataFileContradiction ?? backingContradiction
+        return encryption?.contradiction ?? dataFileContradiction ?? backingContradiction
     }
 
     private var dataFileContradiction: String? {
@@ -99,6 +99,9 @@ extension CreateOptions {
         if BackingResolver.hasScheme(dataFile) { return "the data file is not a plain local path" }
         if dataFileIsRaw, backingFile != nil {
             return "a raw data file cannot be combined with a backing file"
+        }
+        if dataFileIsRaw, encryption != nil {
+            return "an encrypted data file is no raw image: leave data_file_raw off"
         }
         return nil
     }

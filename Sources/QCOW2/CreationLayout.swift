@@ -1,5 +1,6 @@
-/// Where everything lies in a new image: header, refcount table, refcount blocks, L1 table, and
-/// with preallocation L2 tables and data (unless that has a file of its own), one after the other.
+/// Where everything lies in a new image: header, refcount table, refcount blocks, L1 table, LUKS
+/// header, and with preallocation L2 tables and data (unless that has a file of its own), one after
+/// the other.
 struct CreationLayout {
     let clusterBits: UInt32
     let refcountTableClusterCount: UInt64
@@ -10,17 +11,22 @@ struct CreationLayout {
     let mappedClusterCount: UInt64
     let dataClusterCount: UInt64
     let clusterCount: UInt64
+    /// Bytes of the LUKS header with its key material; 0 without encryption.
+    let luksByteCount: UInt64
+    private let luksClusterCount: UInt64
     private let l1ClusterCount: UInt64
 
     var clusterByteCount: UInt64 { 1 &<< UInt64(clusterBits) }
     var refcountTableOffset: UInt64 { clusterByteCount }
     var refcountBlocksOffset: UInt64 { (1 + refcountTableClusterCount) * clusterByteCount }
     var l1Offset: UInt64 { refcountBlocksOffset + refcountBlockCount * clusterByteCount }
-    var l2Offset: UInt64 { l1Offset + l1ClusterCount * clusterByteCount }
+    var luksOffset: UInt64 { l1Offset + l1ClusterCount * clusterByteCount }
+    var l2Offset: UInt64 { luksOffset + luksClusterCount * clusterByteCount }
     var dataOffset: UInt64 { l2Offset + l2TableCount * clusterByteCount }
     /// Length of the file: up to the last byte that means something.
     var byteCount: UInt64 {
-        l2TableCount > 0 ? clusterCount * clusterByteCount : l1Offset + l1EntryCount * 8
+        if l2TableCount > 0 { return clusterCount * clusterByteCount }
+        return luksByteCount > 0 ? luksOffset + luksByteCount : l1Offset + l1EntryCount * 8
     }
 
     /// - Parameter size: Bytes of the virtual disk, a multiple of 512.
@@ -35,12 +41,14 @@ struct CreationLayout {
             throw Self.tooLarge(size, cluster, file)
         }
         l1ClusterCount = (l1EntryCount * 8).divided(by: cluster)
+        luksByteCount = options.encryption.map { LUKSVolume.areaByteCount(of: $0.suite) } ?? 0
+        luksClusterCount = luksByteCount.divided(by: cluster)
         let preallocates = options.mapsClusters
         l2TableCount = preallocates ? l1EntryCount : 0
         mappedClusterCount = preallocates ? size.divided(by: cluster) : 0
         dataClusterCount = options.dataFile == nil ? mappedClusterCount : 0
 
-        let others = 1 + l1ClusterCount + l2TableCount + dataClusterCount
+        let others = 1 + l1ClusterCount + luksClusterCount + l2TableCount + dataClusterCount
         let countsPerBlock = cluster * 8 / options.refcountBits
         // Blocks and table count themselves too: repeat until nothing grows any more.
         var blocks: UInt64 = 1

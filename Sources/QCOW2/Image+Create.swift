@@ -125,12 +125,14 @@ private struct ImageCreation {
 
     func run() throws(ImageError) {
         let header = try encodedHeader()
+        let volume = try makeVolume()
         try makeDataFile()
         do throws(SystemError) {
             try erase()
             try writeRefcounts()
             try writeMapping()
             try writeData()
+            try writeVolume(volume)
             try device.flush()
             // Nothing counts before the header is there, hence the second sync.
             try header.withRawBytes { bytes throws(SystemError) in
@@ -145,7 +147,8 @@ private struct ImageCreation {
     private func encodedHeader() throws(ImageError) -> [UInt8] {
         var header = Header(
             version: options.version == .v2 ? 2 : 3, backingFileOffset: 0, backingFileByteCount: 0,
-            clusterBits: layout.clusterBits, size: size, encryptionMethod: 0,
+            clusterBits: layout.clusterBits, size: size,
+            encryptionMethod: options.encryption == nil ? 0 : 2,
             l1EntryCount: UInt32(clamping: layout.l1EntryCount),
             l1Offset: layout.l1EntryCount == 0 ? 0 : layout.l1Offset,
             refcountTableOffset: layout.refcountTableOffset,
@@ -167,6 +170,12 @@ private struct ImageCreation {
             if options.dataFileIsRaw { header.autoclearFeatures.insert(.rawExternalData) }
             header.extensions.append(
                 HeaderExtension(type: HeaderExtension.externalDataFile, data: Array(name.utf8)))
+        }
+        if options.encryption != nil {
+            let area = EncryptionExtension(
+                offset: layout.luksOffset, byteCount: layout.luksByteCount)
+            header.extensions.append(
+                HeaderExtension(type: HeaderExtension.encryptionHeader, data: area.data))
         }
         // In small clusters the table would leave no room for the backing file's name.
         if options.version == .v3 && layout.clusterByteCount > 4096 {
@@ -247,12 +256,15 @@ private struct ImageCreation {
         }
         // In a data file every cluster has the place that it has on the disk.
         let first = options.dataFile == nil ? layout.dataOffset : 0
-        // The second word of an extended entry says that the cluster has no data yet.
+        // The second word of an extended entry says that the cluster has no data yet; elsewhere
+        // the zero flag keeps what was never encrypted from being decrypted.
         let wordsPerEntry = options.l2EntryByteCount / 8
+        let isZero = options.encryption != nil && wordsPerEntry == 1
         try writeEntries(layout.mappedClusterCount * wordsPerEntry, at: layout.l2Offset) { index in
             guard index % wordsPerEntry == 0 else { return 0 }
             let cluster = index / wordsPerEntry
-            return L2Entry(copiedClusterAt: first + cluster * layout.clusterByteCount).bits
+            let entry = L2Entry(copiedClusterAt: first + cluster * layout.clusterByteCount)
+            return (isZero ? entry.withZeroFlag : entry).bits
         }
     }
 
@@ -278,6 +290,26 @@ private struct ImageCreation {
                 try writeZeros(range, to: device)
             }
         }
+    }
+
+    /// Draws the key of an encrypted image, before anything is written.
+    private func makeVolume() throws(ImageError) -> LUKSVolume.New? {
+        guard let encryption = options.encryption else { return nil }
+        do throws(EncryptionError) {
+            return try LUKSVolume.make(encryption)
+        } catch {
+            throw ImageError(.encryption(error), file: device.name)
+        }
+    }
+
+    /// Writes the LUKS header and its key slot.
+    private func writeVolume(_ volume: LUKSVolume.New?) throws(SystemError) {
+        guard let volume else { return }
+        try volume.header.encoded().withRawBytes { bytes throws(SystemError) in
+            try device.write(bytes, at: layout.luksOffset)
+        }
+        let offset = UInt64(volume.materialOffset) * LUKSHeader.sectorByteCount
+        try device.write(volume.material.bytes, at: layout.luksOffset + offset)
     }
 
     /// Writes `count` big-endian numbers from `offset` on.

@@ -27,6 +27,8 @@ extension Image {
             // Whatever lies behind the disk goes first.
             try data.resize(to: old)
             try data.resize(to: new)
+            // Zeros of the file are no zeros of an encrypted disk.
+            if header.hasRawDataFile, top.isEncrypted { try top.writeZeroes(old..<new) }
         } else if data.writtenEnd < new {
             throw ImageError(.system(.noSpace, operation: "cannot hold the disk"), file: data.name)
         } else if header.hasRawDataFile {

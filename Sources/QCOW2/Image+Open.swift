@@ -78,13 +78,17 @@ extension Image {
         let isWritable = chain.options.access == .readWrite
         if isWritable { try prepareForWriting(files[0]) }
         let shares = cacheShares(of: files, total: chain.options.cacheByteCount)
+        var unlocker = Unlocker(chain.options.passphrases)
         for (number, file) in files.enumerated() {
             let hostFile = try HostFile(file.device)
             if let header = file.header {
                 let data = try dataFile(of: file, header, besides: hostFile)
+                let encryption = try unlocker.unlock(
+                    header, in: hostFile, isWritable: isWritable && number == 0)
                 chain.append(
                     try Layer(
-                        qcow2: header, in: hostFile, data: data, number: number,
+                        qcow2: header, in: hostFile, data: data, encryption: encryption,
+                        number: number,
                         cacheByteCount: shares[number]))
             } else {
                 chain.append(Layer(raw: hostFile, number: number))

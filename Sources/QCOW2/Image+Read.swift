@@ -85,7 +85,8 @@ extension Image {
     ) throws(ImageError) {
         switch source.extent.kind {
         case .data:
-            try layers[source.layer].read(into: part, at: source.extent.host)
+            try layers[source.layer].read(
+                into: part, at: source.extent.host, guest: guest)
         case .unallocated, .zeroPlain, .zeroAllocated:
             part.initializeMemory(as: UInt8.self, repeating: 0)
         case .compressed:

@@ -127,7 +127,8 @@ extension Image {
     private func copyMapped(_ guest: UInt64, count: Int, to host: UInt64) throws(ImageError) -> Bool
     {
         let end = guest &+ UInt64(count)
-        guard end <= size else { return false }
+        // What is encrypted on the way would be read here, where a file cut short is fatal.
+        guard end <= size, !top.isEncrypted else { return false }
         var offset = guest
         while offset < end {
             let source = try locate(offset, limit: end &- offset)

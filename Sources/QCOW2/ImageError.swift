@@ -26,6 +26,8 @@ public struct ImageError: Error, Equatable, Sendable, CustomStringConvertible {
         case dataFile(String)
         /// A snapshot (by name) that somebody reads was to be deleted.
         case snapshotInUse(String)
+        /// Encrypted data that stays closed, with the reason.
+        case encryption(EncryptionError)
         /// A write to something opened read-only.
         case readOnly
         /// An earlier write or sync failed, and the image takes no writes any more.
@@ -60,6 +62,8 @@ public struct ImageError: Error, Equatable, Sendable, CustomStringConvertible {
         case .denied: EACCES
         case .locked, .snapshotInUse: EBUSY
         case .cancelled: ECANCELED
+        case .encryption(.writingLegacyAES): EROFS
+        case .encryption: EACCES
         case .notQCOW2, .malformed, .corrupt, .backing, .dataFile: EIO
         }
     }
@@ -91,6 +95,7 @@ public struct ImageError: Error, Equatable, Sendable, CustomStringConvertible {
         case .backing(let words), .dataFile(let words): words
         case .snapshotInUse(let name):
             "the snapshot '\(name)' is being read: close or detach its file first"
+        case .encryption(let error): error.description
         case .readOnly: "opened read-only"
         case .failed(let error):
             "takes no writes any more: an earlier write or sync failed (\(error))"
@@ -104,7 +109,6 @@ public struct ImageError: Error, Equatable, Sendable, CustomStringConvertible {
 /// A part of the format, by name.
 public enum Feature: Equatable, Sendable {
     case version(UInt32)
-    case encryption(method: UInt32)
     /// Incompatible feature bits that nobody here knows; names come from the feature name table.
     case unknownIncompatible(names: [String], bits: UInt64)
     case compressionType(UInt8)
@@ -112,8 +116,6 @@ public enum Feature: Equatable, Sendable {
     var refusal: String {
         switch self {
         case .version(let number): "qcow2 version \(number) is not supported (2 and 3 are)"
-        case .encryption(let method):
-            "encryption (\(method == 1 ? "AES" : "LUKS")) is not supported"
         case .unknownIncompatible(let names, let bits):
             "uses incompatible features that are not known: "
                 + (names + (bits == 0 ? [] : ["bits \(hex(bits))"])).joined(

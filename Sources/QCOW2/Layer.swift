@@ -15,12 +15,16 @@ struct Layer: ~Copyable {
     let size: UInt64
     /// 0 is the top layer.
     let number: Int
+    /// Whether guest data is encrypted, and what decrypts it; nil where the image stays locked.
+    let isEncrypted: Bool
+    let encryption: EncryptedData?
     /// A mapping of `data` for replies, and how many of its bytes are there for sure.
     let mappedBytes: UnsafeRawBufferPointer?
     private let decompressor: Decompressor?
 
     init(
-        qcow2 header: Header, in file: HostFile, data: HostFile, number: Int, cacheByteCount: Int
+        qcow2 header: Header, in file: HostFile, data: HostFile, encryption: EncryptedData?,
+        number: Int, cacheByteCount: Int
     ) throws(ImageError) {
         self.file = file
         self.data = data
@@ -29,7 +33,9 @@ struct Layer: ~Copyable {
         isRaw = false
         map = try ClusterMap(header, in: file, cacheByteCount: cacheByteCount)
         size = header.virtualByteCount
-        mappedBytes = data.device.mappedBytes
+        isEncrypted = header.encryptionMethod != 0
+        self.encryption = encryption
+        mappedBytes = isEncrypted ? nil : data.device.mappedBytes
         decompressor = Decompressor(header.compressionType == .zstd ? .zstd : .deflate)
     }
 
@@ -38,8 +44,8 @@ struct Layer: ~Copyable {
         throws(ImageError)
     {
         try self.init(
-            qcow2: header, in: other.file, data: other.data, number: other.number,
-            cacheByteCount: cacheByteCount)
+            qcow2: header, in: other.file, data: other.data, encryption: other.encryption,
+            number: other.number, cacheByteCount: cacheByteCount)
     }
 
     /// The same layer once more, for another image over it; it is read only.
@@ -51,6 +57,8 @@ struct Layer: ~Copyable {
         isRaw = other.isRaw
         size = other.size
         number = other.number
+        isEncrypted = other.isEncrypted
+        encryption = other.encryption
         mappedBytes = other.mappedBytes
         decompressor = other.header.map {
             Decompressor($0.compressionType == .zstd ? .zstd : .deflate)
@@ -63,6 +71,8 @@ struct Layer: ~Copyable {
         self.number = number
         header = nil
         isRaw = true
+        isEncrypted = false
+        encryption = nil
         map = ClusterMap(ofRawDisk: file)
         size = file.writtenEnd
         mappedBytes = file.device.mappedBytes
@@ -76,10 +86,11 @@ struct Layer: ~Copyable {
         return try map.extent(at: guest, limit: limit)
     }
 
-    /// Closes the files of the layer, which unlocks them.
+    /// Closes the files of the layer, which unlocks them, and wipes its key.
     borrowing func close() {
         file.device.close()
         if hasDataFile { data.device.close() }
+        encryption?.close()
     }
 
     /// Inflates the cluster that `entry`, found for guest offset `guest`, describes, and copies

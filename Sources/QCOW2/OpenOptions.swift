@@ -21,6 +21,8 @@ public struct OpenOptions: Sendable {
     public var decompressedCacheByteCount: Int
     /// O_DIRECT on the image's files.
     public var bypassesPageCache: Bool
+    /// What opens the encrypted files of the chain.
+    public var passphrases: PassphraseSource
     public var logger: Logger
 
     public init(
@@ -30,6 +32,7 @@ public struct OpenOptions: Sendable {
         cacheByteCount: Int = 32 << 20,
         decompressedCacheByteCount: Int = 32 << 20,
         bypassesPageCache: Bool = false,
+        passphrases: PassphraseSource = PassphraseSource(),
         logger: Logger = Logger(label: "qcow2", factory: { _ in SwiftLogNoOpLogHandler() })
     ) {
         self.access = access
@@ -38,6 +41,7 @@ public struct OpenOptions: Sendable {
         self.cacheByteCount = cacheByteCount
         self.decompressedCacheByteCount = decompressedCacheByteCount
         self.bypassesPageCache = bypassesPageCache
+        self.passphrases = passphrases
         self.logger = logger
     }
 }

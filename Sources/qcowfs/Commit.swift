@@ -11,6 +11,7 @@ struct Commit: Verb {
     var keepsImage = false
 
     @OptionGroup var policy: PolicyOptions
+    @OptionGroup var passphrases: PassphraseOptions
     @OptionGroup var progress: ProgressOptions
 
     @Argument(help: "The image.")
@@ -21,7 +22,10 @@ struct Commit: Verb {
         Interruption.watch()
         do throws(ImageError) {
             try BackingCommit.run(
-                path: image, options: OpenOptions(policy: policy.policy), empties: !keepsImage
+                path: image,
+                options: OpenOptions(
+                    policy: policy.policy, passphrases: try passphrases.source()),
+                empties: !keepsImage
             ) {
                 bar?.update($0)
                 return !Interruption.hasCome

@@ -9,7 +9,9 @@ struct Create: Verb, ImageOptionReader {
         discussion: """
             Options of -o: size, compat (0.10, 1.1, v2, v3), cluster_size, refcount_bits, \
             lazy_refcounts, extended_l2, compression_type (zlib, zstd), preallocation (off, \
-            metadata, falloc, full), backing_file, backing_fmt, data_file, data_file_raw. Backing \
+            metadata, falloc, full), backing_file, backing_fmt, data_file, data_file_raw, \
+            encrypt.format (luks), encrypt.cipher-alg, encrypt.cipher-mode, encrypt.ivgen-alg, \
+            encrypt.ivgen-hash-alg, encrypt.hash-alg, encrypt.iter-time (milliseconds). Backing \
             file and data file are found relative to the image; the data file is made too.
             """)
 
@@ -36,6 +38,8 @@ struct Create: Verb, ImageOptionReader {
         help: "Do not open the backing file; it need not exist.")
     var isUnsafe = false
 
+    @OptionGroup var passphrases: PassphraseOptions
+
     @Flag(name: .shortAndLong, help: "Nothing is printed in any case; for habit's sake.")
     var quiet = false
 
@@ -54,14 +58,18 @@ struct Create: Verb, ImageOptionReader {
         wanted.backingFormat = backingFormat
         wanted.opensBackingFile = !isUnsafe
         var byteCount = size?.byteCount
+        var encryption = EncryptionWords(image: image)
         for (name, value) in options.flatMap(OptionList.pairs) {
             if name == "size" {
                 guard byteCount == nil else { throw Failure(image, "the size is given twice") }
                 byteCount = try bytes(value, of: name)
+            } else if EncryptionWords.has(name) {
+                try encryption.set(name, to: value)
             } else {
                 try set(name, to: value, in: &wanted)
             }
         }
+        wanted.encryption = try encryption.options { try passphrases.forNewImage(image) }
         try Image.create(at: image, size: byteCount, options: wanted)
         return 0
     }
@@ -92,17 +100,6 @@ struct Create: Verb, ImageOptionReader {
                 throw Failure(image, "the backing format is given twice")
             }
             options.backingFormat = value
-        default: try setUnsupported(name, to: value, in: &options)
-        }
-    }
-
-    /// Options that the library refuses by name, and those that nobody knows.
-    private func setUnsupported(
-        _ name: String, to value: String, in options: inout CreateOptions
-    ) throws {
-        switch name {
-        case "encrypt.format": options.encryptionFormat = value
-        case "encryption": options.encryptionFormat = try isOn(value, of: name) ? "aes" : nil
         default:
             throw Failure(image, "there is no option '\(name)' (qcowfs help create lists them)")
         }

@@ -8,6 +8,7 @@ struct Discard: Verb {
         abstract: "Find clusters that hold nothing but zeros and give them back.")
 
     @OptionGroup var policy: PolicyOptions
+    @OptionGroup var passphrases: PassphraseOptions
     @OptionGroup var output: OutputOptions
     @OptionGroup var progress: ProgressOptions
 
@@ -15,7 +16,10 @@ struct Discard: Verb {
     var image: String
 
     func perform() throws -> Int32 {
-        let disk = try Image.open(image, options: OpenOptions(policy: policy.policy))
+        let disk = try Image.open(
+            image,
+            options: OpenOptions(
+                policy: policy.policy, passphrases: try passphrases.source()))
         defer { try? disk.close() }
         let bar = progress.report(of: "discard")
         Interruption.watch()

@@ -18,7 +18,7 @@ enum InfoReport {
             "backing-filename-format": header?.backingFormat.map(JSON.string),
             "snapshots": info.snapshots.isEmpty ? nil : .array(info.snapshots.map(json)),
             "format-specific": header.map { header in
-                .object([("type", .string("qcow2")), ("data", specifics(header, info.bitmaps))])
+                .object([("type", .string("qcow2")), ("data", specifics(header, info))])
             },
         ])
     }
@@ -36,7 +36,8 @@ enum InfoReport {
         ])
     }
 
-    private static func specifics(_ header: Header, _ bitmaps: [BitmapEntry]) -> JSON {
+    private static func specifics(_ header: Header, _ info: ImageInfo) -> JSON {
+        let bitmaps = info.bitmaps
         let features = header.incompatibleFeatures
         let isVersion3 = header.version >= 3
         return .members([
@@ -48,8 +49,7 @@ enum InfoReport {
             "refcount-bits": .number(UInt64(header.refcountBits)),
             "data-file": header.dataFileName.map(JSON.string),
             "data-file-raw": header.hasDataFile ? .boolean(header.hasRawDataFile) : nil,
-            "encrypt": header.isEncrypted
-                ? .object([("format", .string(header.encryptionName))]) : nil,
+            "encrypt": encryption(info),
             "corrupt": isVersion3 ? .boolean(features.contains(.corrupt)) : nil,
             "extended-l2": isVersion3 ? .boolean(features.contains(.extendedL2)) : nil,
         ])
@@ -82,7 +82,7 @@ extension InfoReport {
         lines += backingLines(info)
         lines += snapshotLines(info.snapshots)
         lines.append("Format specific information:")
-        if case .object(let members) = specifics(header, info.bitmaps) {
+        if case .object(let members) = specifics(header, info) {
             lines += nestedLines(members, indent: "    ")
         }
         return lines.joined(separator: "\n")
@@ -173,5 +173,4 @@ extension InfoReport {
 extension Header {
     fileprivate var isDirty: Bool { incompatibleFeatures.contains(.dirty) }
     fileprivate var isEncrypted: Bool { encryptionMethod != 0 }
-    fileprivate var encryptionName: String { encryptionMethod == 1 ? "aes" : "luks" }
 }

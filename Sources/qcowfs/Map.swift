@@ -32,7 +32,10 @@ struct Map: Verb {
     var image: String
 
     func perform() throws -> Int32 {
-        let image = try Image.open(self.image, options: source.openOptions)
+        // Where bytes lie is told without decrypting them.
+        var options = try source.openOptions()
+        options.passphrases = .locked
+        let image = try Image.open(self.image, options: options)
         try list(image, range(on: image))
         try image.close()
         return 0

@@ -31,11 +31,12 @@ struct Mount: Verb {
     }
 
     func perform() throws -> Int32 {
-        try refuseWhatIsNotBuilt()
         let log = try LogOutput(file: flags.logFile, isForeground: flags.foreground)
         let level = Logger.Level(rawValue: flags.logLevel) ?? .notice
         let logger = Logger(label: "qcowfs") { _ in LineHandler(log, level: level) }
-        return try Self.mount(paths, options: try flags.options(logger: logger), log)
+        var options = try flags.options(logger: logger)
+        options.passphrases = try flags.passphrases.source()
+        return try Self.mount(paths, options: options, log)
     }
 
     /// Mounts where the command line says nothing but files and `--read-only`, and returns the exit
@@ -55,6 +56,7 @@ struct Mount: Verb {
             let logger = Logger(label: "qcowfs") { _ in LineHandler(log, level: .notice) }
             var options = MountOptions(logger: logger)
             options.isReadOnly = isReadOnly
+            options.passphrases = PassphraseSource(question: PassphraseQuestion.ask)
             return try mount(Array(paths), options: options, log)
         } catch {
             Failure.print("mount: \(error)")
@@ -80,12 +82,5 @@ struct Mount: Verb {
     private static func hint(_ path: String) -> String {
         let name = path.split(separator: "/").last ?? ""
         return "\(name) is ready: losetup -fP --show \(path)"
-    }
-
-    private func refuseWhatIsNotBuilt() throws {
-        if let file = flags.passphraseFile {
-            throw ImageError(
-                .unsupported(.encryption(method: 2)), file: "--passphrase-file \(file)")
-        }
     }
 }

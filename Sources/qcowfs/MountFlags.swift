@@ -96,8 +96,7 @@ struct MountFlags: ParsableArguments {
     @Flag(help: "Show every internal snapshot beside its disk, as NAME@SNAPSHOT.raw.")
     var snapshots = false
 
-    @Option(help: ArgumentHelp("The passphrase of an encrypted image.", visibility: .hidden))
-    var passphraseFile: String?
+    @OptionGroup var passphrases: PassphraseOptions
 }
 
 extension MountFlags {

@@ -25,6 +25,7 @@ struct Resize: Verb {
     @Flag(name: .shortAndLong, help: "Do not say what is left to do.")
     var quiet = false
 
+    @OptionGroup var passphrases: PassphraseOptions
     @OptionGroup var policy: PolicyOptions
 
     // A size such as -1G looks like an option to the parser.
@@ -55,7 +56,8 @@ struct Resize: Verb {
             let preallocation = CreateOptions.Preallocation(rawValue: preallocation)
         else { throw ValidationError("no size") }
         let (shrink, quiet) = (shrink, quiet)
-        try HeldImage.change(words[0], policy: policy.policy) { image throws(ImageError) in
+        try HeldImage.change(words[0], policy: policy.policy, passphrases) {
+            image throws(ImageError) in
             try Self.judge(change, of: image, shrink)
             try image.resize(change, shrinking: shrink, preallocation: preallocation)
         } throughDaemon: { holder throws(MountError) in
@@ -94,12 +96,14 @@ struct Resize: Verb {
 /// An image that a verb changes: itself, or through the daemon that has it mounted.
 enum HeldImage {
     static func change(
-        _ path: String, policy: OpenPolicy, _ body: (Image) throws(ImageError) -> Void,
+        _ path: String, policy: OpenPolicy, _ passphrases: PassphraseOptions,
+        _ body: (Image) throws(ImageError) -> Void,
         throughDaemon: (ImageHolder) throws(MountError) -> Void
     ) throws {
         let image: Image
         do throws(ImageError) {
-            image = try Image.open(path, options: OpenOptions(policy: policy))
+            image = try Image.open(
+                path, options: OpenOptions(policy: policy, passphrases: try passphrases.source()))
         } catch {
             guard case .locked = error.kind, let holder = ImageHolder.find(path) else {
                 throw error

@@ -39,6 +39,7 @@ struct Snapshots: Verb {
 
     @OptionGroup var output: OutputOptions
 
+    @OptionGroup var passphrases: PassphraseOptions
     @OptionGroup var policy: PolicyOptions
 
     @Argument(help: "The image.")
@@ -80,7 +81,8 @@ struct Snapshots: Verb {
         _ body: (Image) throws(ImageError) -> Void,
         throughDaemon: (ImageHolder) throws(MountError) -> Void
     ) throws {
-        try HeldImage.change(image, policy: policy.policy, body, throughDaemon: throughDaemon)
+        try HeldImage.change(
+            image, policy: policy.policy, passphrases, body, throughDaemon: throughDaemon)
     }
 
     private func snapshots() throws -> [Snapshot] {

@@ -10,17 +10,20 @@ struct SourceOptions: ParsableArguments {
         help: "Read an image that another program writes.")
     var isShared = false
 
-    var openOptions: OpenOptions {
+    @OptionGroup var passphrases: PassphraseOptions
+
+    func openOptions() throws(ImageError) -> OpenOptions {
         OpenOptions(
             access: .readOnly, policy: policy.policy,
-            locking: isShared ? .forceShare : .required)
+            locking: isShared ? .forceShare : .required, passphrases: try passphrases.source())
     }
 
     func open(
         _ path: String, format: DiskFormat?, snapshot: String? = nil
     ) throws(ImageError) -> SourceDisk {
         try SourceDisk(
-            path: path, format: format?.source, snapshot: snapshot, options: openOptions)
+            path: path, format: format?.source, snapshot: snapshot,
+            options: try openOptions())
     }
 }
 

@@ -12,12 +12,15 @@ struct Write: Verb {
     var offset = ByteSize(byteCount: 0)
 
     @OptionGroup var policy: PolicyOptions
+    @OptionGroup var passphrases: PassphraseOptions
 
     @Argument(help: "The image.")
     var image: String
 
     func perform() throws -> Int32 {
-        let disk = try Image.open(image, options: OpenOptions(policy: policy.policy))
+        let disk = try Image.open(
+            image,
+            options: OpenOptions(policy: policy.policy, passphrases: try passphrases.source()))
         defer { try? disk.close() }
         Interruption.watch()
         var place = offset.byteCount

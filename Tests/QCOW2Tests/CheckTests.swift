@@ -110,19 +110,6 @@ struct CheckTests {
         }
     }
 
-    @Test("What is not built yet is refused by name")
-    func unsupported() throws {
-        var bytes = image()
-        bytes.storeBigEndian(UInt32(1), at: 32)
-        let device = try device(bytes)
-        do throws(ImageError) {
-            _ = try ImageCheck(device)
-            Issue.record("it was checked")
-        } catch {
-            #expect(error.kind == .unsupported(.encryption(method: 1)))
-        }
-    }
-
     @Test("Counts of every size are kept")
     func counts() {
         var counts = ReferenceCounts()

@@ -152,13 +152,6 @@ struct CreateTests {
         }
     }
 
-    @Test("What is not built yet is refused by name")
-    func unsupported() {
-        #expect(
-            refused { $0.encryptionFormat = "luks" } == .unsupported(.encryption(method: 2)))
-        #expect(refused { $0.encryptionFormat = "aes" } == .unsupported(.encryption(method: 1)))
-    }
-
     @Test("What qemu-img refuses is refused, and leaves no file")
     func contradictions() throws {
         let changes: [(inout CreateOptions) -> Void] = [

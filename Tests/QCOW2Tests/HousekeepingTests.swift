@@ -58,6 +58,14 @@ struct HousekeepingTests {
             } == [])
     }
 
+    @Test("only QCOW2/Encryption imports libraries of ciphers")
+    func encryptionRoom() {
+        #expect(
+            importers(of: "CCrypto", "CNettle").filter {
+                !$0.hasPrefix("Sources/QCOW2/Encryption/")
+            } == [])
+    }
+
     @Test("no library imports Foundation, the program FoundationEssentials at most")
     func foundation() {
         #expect(importers(of: "Foundation").filter { $0.hasPrefix("Sources/") } == [])

@@ -34,6 +34,29 @@ extension Image {
     }
 }
 
+extension Passphrase {
+    package convenience init(_ text: String) {
+        let bytes = Array(text.utf8)
+        self.init(bytes.count, bytes)
+    }
+
+    private convenience init(_ count: Int, _ bytes: [UInt8]) {
+        let buffer = UnsafeMutableRawBufferPointer.allocate(byteCount: count, alignment: 1)
+        defer { buffer.deallocate() }
+        buffer.copyBytes(from: bytes)
+        self.init(UnsafeRawBufferPointer(buffer))
+    }
+}
+
 extension OpenOptions {
+    /// Options with the passphrases that are tried on encrypted files.
+    package init(
+        access: Access = .readWrite, passphrases first: String, _ others: String...
+    ) {
+        self.init(
+            access: access,
+            passphrases: PassphraseSource(([first] + others).map { Passphrase($0) }))
+    }
+
     package static var readOnly: OpenOptions { OpenOptions(access: .readOnly) }
 }

@@ -62,14 +62,24 @@ package enum QemuImg {
     }
 
     package static func map(_ path: String) throws -> [Extent] {
-        let json = try Command.require("qemu-img", "map", "-f", "qcow2", "--output=json", path)
+        try map(of: ["-f", "qcow2", path])
+    }
+
+    /// - Parameter words: the image, and how it is to be opened.
+    private static func map(of words: [String]) throws -> [Extent] {
+        let json = try Command.require(["qemu-img", "map", "--output=json"] + words)
         return try JSONDecoder().decode([Extent].self, from: Data(json.utf8))
     }
 
     /// The ranges that are no holes, ascending, neighbours joined.
     package static func dataRanges(_ path: String) throws -> [Range<Int>] {
+        try dataRanges(of: ["-f", "qcow2", path])
+    }
+
+    /// - Parameter words: the image, and how it is to be opened.
+    static func dataRanges(of words: [String]) throws -> [Range<Int>] {
         var ranges: [Range<Int>] = []
-        for extent in try map(path) where !(extent.zero && !extent.data) {
+        for extent in try map(of: words) where !(extent.zero && !extent.data) {
             let range = extent.start..<extent.start + extent.length
             if let last = ranges.last, last.upperBound == range.lowerBound {
                 ranges[ranges.count - 1] = last.lowerBound..<range.upperBound

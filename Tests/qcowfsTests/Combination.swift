@@ -104,6 +104,8 @@ extension Combination {
         let snapshots: [String: ReferenceDisk]
         /// What else must be true of the model and the files at the end.
         var alsoJudge: ((ReferenceDisk) throws -> Void)?
+        /// The image as QEMU decrypts it; nil where nothing is encrypted.
+        var encrypted: EncryptedImage?
     }
 
     /// Makes the image with QEMU's tools.

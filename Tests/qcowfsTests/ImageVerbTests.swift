@@ -159,7 +159,7 @@ struct ImageVerbTests {
             ["-o", "data_file_raw=on", "DISK", "1M"],
             ["-o", "data_file=disk.qcow2", "DISK", "1M"],
             ["-o", "data_file=x,compat=v2", "DISK", "1M"],
-            ["-o", "encrypt.format=luks", "DISK", "1M"], ["-f", "vmdk", "DISK", "1M"],
+            ["-f", "vmdk", "DISK", "1M"],
             ["-b", "none", "-F", "raw", "DISK"], ["-o", "lazy_refcounts=maybe", "DISK", "1M"],
         ])
     func createRefuses(words: [String]) throws {

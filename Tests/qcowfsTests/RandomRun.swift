@@ -82,6 +82,9 @@ struct RandomRun {
     private func judge(
         _ prepared: Combination.Prepared, in folder: TemporaryDirectory, dataRanges: [Range<Int>]
     ) throws {
+        if let encrypted = prepared.encrypted {
+            return try judge(encrypted, prepared, in: folder, dataRanges: dataRanges)
+        }
         let image = prepared.image
         let check = try QemuImg.check(image)
         guard check.status == 0 else { throw Difference(description: "\(check)") }
@@ -112,7 +115,7 @@ struct RandomRun {
         }
     }
 
-    private func firstDifference(
+    func firstDifference(
         _ ours: [Range<Int>], _ theirs: [Range<Int>]
     ) -> (Range<Int>?, Range<Int>?)? {
         for index in 0..<max(ours.count, theirs.count) {

@@ -17,25 +17,6 @@ struct RefusalTests {
             image, in: folder, options: options, naming: words, sourceLocation: sourceLocation)
     }
 
-    @Test("LUKS encryption")
-    func luks() throws {
-        try refuses(naming: ["disk.qcow2", "LUKS"]) { _, image in
-            try Command.require([
-                "qemu-img", "create", "-q", "-f", "qcow2", "--object", "secret,id=s,data=x",
-                "-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10", image, "1M",
-            ])
-        }
-    }
-
-    @Test("AES encryption")
-    func aes() throws {
-        try refuses(naming: ["disk.qcow2", "AES"]) { folder, image in
-            var bytes = ImageBuilder(byteCount: 1.MiB).build()
-            bytes.put(UInt32(1), at: 32)
-            _ = try folder.write(bytes, to: "disk.qcow2")
-        }
-    }
-
     @Test("an unknown incompatible feature, by the name that the image gives it")
     func unknownFeature() throws {
         try refuses(naming: ["disk.qcow2", "time travel"]) { folder, _ in

@@ -16,6 +16,7 @@ enum FixedTables {
             } catch { throw ImageError(.malformed(error), file: file.name) }
             add(snapshot.l1Offset, UInt64(snapshot.l1EntryCount) &* 8)
         }
+        if let area = header.encryption { add(area.offset, area.byteCount) }
         if header.autoclearFeatures.contains(.bitmaps), let bitmaps = header.bitmaps {
             add(bitmaps.directoryOffset, bitmaps.directoryByteCount)
             for bitmap in try header.readBitmaps(from: file.device) {

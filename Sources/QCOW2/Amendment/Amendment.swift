@@ -12,7 +12,7 @@ extension Image {
         if let header { _ = try options.amended(header, file: path) }
         if header?.incompatibleFeatures.contains(.dirty) == true {
             // Opening an image that was not closed rebuilds its counts.
-            try Image.open(path, options: OpenOptions(policy: policy)).close()
+            try Image.open(path, options: OpenOptions(policy: policy, passphrases: .locked)).close()
         }
         // Version 2 cannot change the size of an image with snapshots.
         if options.version == .v2 { try amendSize(path, options, policy) }
@@ -24,7 +24,7 @@ extension Image {
         _ path: String, _ options: AmendOptions, _ policy: OpenPolicy
     ) throws(ImageError) {
         guard let size = options.size else { return }
-        let image = try Image.open(path, options: OpenOptions(policy: policy))
+        let image = try Image.open(path, options: OpenOptions(policy: policy, passphrases: .locked))
         do throws(ImageError) {
             try image.resize(to: size)
         } catch {

@@ -42,7 +42,8 @@ extension Image {
             // No guest data is read or written: an external data file may lie anywhere.
             return try Image.open(
                 device, dataFile: device,
-                options: OpenOptions(access: access == .readWrite ? .readWrite : .readOnly))
+                options: OpenOptions(
+                    access: access == .readWrite ? .readWrite : .readOnly, passphrases: .locked))
         } catch {
             device.close()
             throw error

@@ -17,8 +17,13 @@ struct ContextPool: ~Copyable, @unchecked Sendable {
         self.destroy = destroy
     }
 
-    deinit {
+    /// Destroys all that lie idle.
+    borrowing func drain() {
         while let context = take() { destroy(context) }
+    }
+
+    deinit {
+        drain()
         slots.deinitialize(count: Self.capacity)
         slots.deallocate()
     }

@@ -42,8 +42,11 @@ public struct Conversion: Sendable {
             try copy(source, to: sink, unit: max(sparseByteCount, 512), progress)
         case .qcow2(let options):
             try Image.create(on: device, size: source.size, options: options)
+            let passphrases = PassphraseSource([options.encryption?.passphrase].compactMap { $0 })
             let image = try Image.open(
-                device, options: OpenOptions(cacheByteCount: Self.cacheByteCount))
+                device,
+                options: OpenOptions(
+                    cacheByteCount: Self.cacheByteCount, passphrases: passphrases))
             if compresses {
                 try compress(source, into: image, progress)
             } else {

@@ -10,6 +10,8 @@ public enum FormatError: Error, Equatable, Sendable, CustomStringConvertible {
     case misaligned(String, offset: UInt64, alignment: UInt64)
     /// A size or a count is over the limit of `Limits`.
     case tooLarge(String, value: UInt64, limit: UInt64)
+    /// A name stands for nothing that is known here.
+    case unknownName(String, name: String, known: String)
     /// Two parts of the image contradict each other.
     case inconsistent(String)
 
@@ -24,6 +26,8 @@ public enum FormatError: Error, Equatable, Sendable, CustomStringConvertible {
             "\(what) at \(hex(offset)) is not aligned to \(alignment) bytes"
         case .tooLarge(let what, let value, let limit):
             "\(what) is too large (\(value), the limit is \(limit))"
+        case .unknownName(let what, let name, let known):
+            "\(what) is '\(name)' (known: \(known))"
         case .inconsistent(let words): words
         }
     }

@@ -39,6 +39,8 @@ public struct Header: Sendable, Hashable {
     public var unknownFields: [UInt8] = []
     /// The backing file's name as it was parsed: it need not be UTF-8.
     var backingFileBytes: [UInt8] = []
+    /// Where the LUKS header is; nil without one.
+    public var encryption: EncryptionExtension?
 
     /// Bytes of a cluster.
     public var clusterByteCount: UInt64 { 1 &<< UInt64(clusterBits) }
@@ -221,6 +223,9 @@ extension Header {
         if let found = extensions.first(where: { $0.type == HeaderExtension.bitmaps }) {
             bitmaps = try BitmapsExtension(found.data, clusterByteCount: clusterByteCount)
         }
+        if let found = extensions.first(where: { $0.type == HeaderExtension.encryptionHeader }) {
+            encryption = try EncryptionExtension(found.data, clusterByteCount: clusterByteCount)
+        }
     }
 }
 
@@ -244,14 +249,9 @@ extension Header {
         guard encryptionMethod <= 2 else {
             throw .outOfRange("crypt_method", value: UInt64(encryptionMethod), allowed: "0, 1, 2")
         }
-        let pointer = extensions.first { $0.type == HeaderExtension.encryptionHeader }
-        guard (encryptionMethod == 2) == (pointer != nil) else {
+        guard (encryptionMethod == 2) == (encryption != nil) else {
             throw .inconsistent(
                 "the LUKS header extension and crypt_method \(encryptionMethod) disagree")
-        }
-        if let pointer, pointer.data.count != 16 {
-            throw .outOfRange(
-                "LUKS header extension's length", value: UInt64(pointer.data.count), allowed: "16")
         }
         if autoclearFeatures.contains(.rawExternalData),
             !incompatibleFeatures.contains(.externalDataFile)

@@ -40,6 +40,14 @@ package enum Limits {
     package static let bitmapByteCount: UInt64 = 512 << 20
     /// Granules of the disk that a bitmap is made for (QEMU).
     package static let newBitmapGranuleCount: UInt64 = 512 << 20
+    /// Bytes of the LUKS header with all key material (us; QEMU makes 2 MiB of it).
+    package static let luksAreaByteCount: UInt64 = 32 << 20
+    /// Stripes of a key slot: the only number in use (QEMU).
+    package static let luksStripes: UInt32 = 4000
+    /// Seconds that one key slot's PBKDF2 may take on this machine (us; QEMU aims at 2).
+    package static let keyDerivationSeconds: Double = 10
+    /// Bytes of a passphrase (what cryptsetup takes from a file).
+    package static let passphraseByteCount = 8 << 20
     /// Files of a backing chain (us; QEMU stops when it runs out of descriptors).
     package static let chainDepth = 200
 }

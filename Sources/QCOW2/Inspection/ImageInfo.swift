@@ -13,6 +13,8 @@ public struct ImageInfo: Sendable {
     public var header: Header?
     public var snapshots: [Snapshot] = []
     public var bitmaps: [BitmapEntry] = []
+    /// Nil without LUKS encryption.
+    public var luks: LUKSHeader?
 
     /// Where the backing file is looked for; nil without one.
     public var backingPath: String? {
@@ -42,6 +44,7 @@ public struct ImageInfo: Sendable {
         self.header = header
         snapshots = try header.readSnapshots(from: device).snapshots
         bitmaps = try header.readBitmaps(from: device)
+        if header.encryption != nil { luks = try LUKSVolume.header(of: header, in: device) }
     }
 
     /// A raw file, about which there is nothing to read.

@@ -24,8 +24,7 @@ package struct ReferenceWalk {
     private let maximum: UInt64
 
     /// - Parameters:
-    ///   - header: The header of the image on `device`; it has no
-    ///     encryption.
+    ///   - header: The header of the image on `device`.
     ///   - tableRead: Called for each L2 table.
     package init(
         _ device: any BlockDevice, header: Header, tableRead: @escaping () -> Void = {},
@@ -53,6 +52,7 @@ package struct ReferenceWalk {
         try countTree(.active, at: header.l1Offset, entryCount: UInt64(header.l1EntryCount))
         try countSnapshots()
         try countBitmaps()
+        if let area = header.encryption { count(area.offset, area.byteCount) }
         guard countingRefcounts else { return }
         count(
             header.refcountTableOffset,

@@ -1,0 +1,43 @@
+internal import CCrypto
+internal import Glibc
+
+/// A hash function of libcrypto, ready for use by one thread.
+struct Digest: ~Copyable {
+    let algorithm: HashAlgorithm
+    let method: OpaquePointer
+    private let context: OpaquePointer
+
+    init(_ algorithm: HashAlgorithm) throws(EncryptionError) {
+        self.algorithm = algorithm
+        guard let method = EVP_MD_fetch(nil, algorithm.rawValue, nil) else {
+            throw .unavailable(algorithm.rawValue)
+        }
+        guard let context = EVP_MD_CTX_new() else {
+            EVP_MD_free(method)
+            throw .outOfMemory
+        }
+        self.method = method
+        self.context = context
+    }
+
+    deinit {
+        EVP_MD_CTX_free(context)
+        EVP_MD_free(method)
+    }
+
+    /// Hashes `parts`, one after the other, into the start of `digest`.
+    func hash(
+        _ first: UnsafeRawBufferPointer, _ second: UnsafeRawBufferPointer? = nil,
+        into digest: UnsafeMutableRawBufferPointer
+    ) throws(EncryptionError) {
+        var isDone = EVP_DigestInit_ex2(context, method, nil) == 1
+        isDone = isDone && EVP_DigestUpdate(context, first.baseAddress, first.count) == 1
+        if let second {
+            isDone = isDone && EVP_DigestUpdate(context, second.baseAddress, second.count) == 1
+        }
+        let target = digest.baseAddress?.assumingMemoryBound(to: UInt8.self)
+        guard isDone, EVP_DigestFinal_ex(context, target, nil) == 1 else {
+            throw .failed("hashing with \(algorithm.rawValue)")
+        }
+    }
+}
