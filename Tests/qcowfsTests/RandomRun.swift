@@ -133,7 +133,7 @@ struct DiskUser {
     let model: ReferenceDisk
     let reservations: RangeReservations
     let clusterSize: Int
-    let changes: ChangeLog?
+    var changes: ChangeLog?
 
     func step(_ random: inout RepeatableRandom) throws {
         let range = range(&random)
