@@ -94,6 +94,7 @@ struct Convert: Verb {
             if !options.isEmpty { throw Failure(target, "a raw disk has no options") }
             return .raw
         }
-        return .qcow2(CreateOptions())
+        return .qcow2(
+            try NewImageOptions.ofCopy(options, to: target, passphrases: sources.passphrases))
     }
 }

@@ -2,7 +2,7 @@ internal import ArgumentParser
 internal import QCOW2
 
 /// `qcowfs create`: makes an empty image.
-struct Create: Verb, ImageOptionReader {
+struct Create: Verb {
     static let configuration = CommandConfiguration(
         commandName: "create",
         abstract: "Make an empty image.",
@@ -53,55 +53,14 @@ struct Create: Verb, ImageOptionReader {
         guard format == "qcow2" else {
             throw Failure(image, "format \(format) cannot be created, only qcow2 can")
         }
-        var wanted = CreateOptions()
-        wanted.backingFile = backing
-        wanted.backingFormat = backingFormat
-        wanted.opensBackingFile = !isUnsafe
-        var byteCount = size?.byteCount
-        var encryption = EncryptionWords(image: image)
-        for (name, value) in options.flatMap(OptionList.pairs) {
-            if name == "size" {
-                guard byteCount == nil else { throw Failure(image, "the size is given twice") }
-                byteCount = try bytes(value, of: name)
-            } else if EncryptionWords.has(name) {
-                try encryption.set(name, to: value)
-            } else {
-                try set(name, to: value, in: &wanted)
-            }
-        }
-        wanted.encryption = try encryption.options { try passphrases.forNewImage(image) }
-        try Image.create(at: image, size: byteCount, options: wanted)
+        var wanted = NewImageOptions(image: image)
+        wanted.options.backingFile = backing
+        wanted.options.backingFormat = backingFormat
+        wanted.options.opensBackingFile = !isUnsafe
+        wanted.byteCount = size?.byteCount
+        try wanted.read(options)
+        let made = try wanted.complete { try passphrases.forNewImage(image) }
+        try Image.create(at: image, size: wanted.byteCount, options: made)
         return 0
-    }
-
-    private func set(_ name: String, to value: String, in options: inout CreateOptions) throws {
-        switch name {
-        case "compat":
-            options.version = try version(value, of: name)
-        case "cluster_size": options.clusterByteCount = try bytes(value, of: name)
-        case "refcount_bits": options.refcountBits = try bytes(value, of: name)
-        case "lazy_refcounts": options.hasLazyRefcounts = try isOn(value, of: name)
-        case "extended_l2": options.hasExtendedL2 = try isOn(value, of: name)
-        case "data_file": options.dataFile = value
-        case "data_file_raw": options.dataFileIsRaw = try isOn(value, of: name)
-        case "compression_type":
-            options.compressionType = try choice(
-                value, of: name, ["zlib": .deflate, "deflate": .deflate, "zstd": .zstd])
-        case "preallocation":
-            guard let mode = CreateOptions.Preallocation(rawValue: value) else {
-                throw refused(value, of: name, "off, metadata, falloc or full")
-            }
-            options.preallocation = mode
-        case "backing_file":
-            guard backing == nil else { throw Failure(image, "the backing file is given twice") }
-            options.backingFile = value
-        case "backing_fmt":
-            guard backingFormat == nil else {
-                throw Failure(image, "the backing format is given twice")
-            }
-            options.backingFormat = value
-        default:
-            throw Failure(image, "there is no option '\(name)' (qcowfs help create lists them)")
-        }
     }
 }

@@ -36,10 +36,15 @@ struct Measure: Verb {
     func perform() throws -> Int32 {
         let disk = try source.map { try sources.open($0, format: sourceFormat) }
         let byteCount = disk?.size ?? size?.byteCount ?? 0
-        let measured =
-            targetFormat == .raw
-            ? Measurement(rawDiskOf: byteCount)
-            : try Measurement(imageOf: byteCount, holding: disk, options: CreateOptions())
+        let measured: Measurement
+        if targetFormat == .raw {
+            measured = Measurement(rawDiskOf: byteCount)
+        } else {
+            var wanted = NewImageOptions(image: source ?? "")
+            try wanted.read(options)
+            measured = try Measurement(
+                imageOf: byteCount, holding: disk, options: wanted.options)
+        }
         try disk?.close()
         switch output.form {
         case .json:

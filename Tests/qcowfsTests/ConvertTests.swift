@@ -190,4 +190,27 @@ struct ConvertTests {
         }
         expectRefusal(try qcowfs("convert", "-l", "other", image, target), naming: "other")
     }
+
+    @Test("-o makes the image that create would make")
+    func options() throws {
+        try convert(
+            "-O", "qcow2", "-o", "cluster_size=4k,compat=0.10", "-o", "preallocation=metadata",
+            image, target)
+        #expect(try Command.run(["qemu-img", "compare", image, target]).status == 0)
+        #expect(try QemuImg.check(target).status == 0)
+        let info = try Command.require("qemu-img", "info", target)
+        #expect(info.contains("cluster_size: 4096") && info.contains("compat: 0.10"))
+        expectRefusal(
+            try qcowfs("convert", "-O", "qcow2", "-o", "backing_file=x", image, target),
+            naming: "backing file")
+    }
+
+    @Test("sha256 and sha1 are those of the raw file")
+    func digests() throws {
+        try convert(image, target)
+        for verb in ["sha256", "sha1"] {
+            let expected = try Command.require("\(verb)sum", target).prefix { $0 != " " }
+            #expect(try qcowfs(verb, image).output == "\(expected)  \(image)\n")
+        }
+    }
 }

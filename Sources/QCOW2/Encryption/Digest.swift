@@ -41,3 +41,23 @@ struct Digest: ~Copyable {
         }
     }
 }
+
+/// Hashing in pieces.
+extension Digest {
+    func begin() throws(EncryptionError) {
+        guard EVP_DigestInit_ex2(context, method, nil) == 1 else { throw failure }
+    }
+
+    func update(_ bytes: UnsafeRawBufferPointer) throws(EncryptionError) {
+        guard EVP_DigestUpdate(context, bytes.baseAddress, bytes.count) == 1 else { throw failure }
+    }
+
+    /// The hash of everything since `begin`.
+    func end() throws(EncryptionError) -> [UInt8] {
+        var digest = [UInt8](repeating: 0, count: algorithm.byteCount)
+        guard EVP_DigestFinal_ex(context, &digest, nil) == 1 else { throw failure }
+        return digest
+    }
+
+    private var failure: EncryptionError { .failed("hashing with \(algorithm.rawValue)") }
+}

@@ -1,0 +1,65 @@
+/// The hash of a whole disk.
+public enum DiskDigest {
+    public enum Algorithm: String, Sendable { case sha1, sha256 }
+
+    /// Hashes the bytes of `source`; holes are not read, only hashed as the zeros that they are.
+    ///
+    /// - Parameter progress: Told what part is done; false cancels.
+    /// - Throws: what reading throws; `.cancelled`.
+    public static func compute(
+        _ algorithm: Algorithm, of source: SourceDisk, progress: ((Double) -> Bool)? = nil
+    ) throws(ImageError) -> [UInt8] {
+        let digest = try NamedDigest(algorithm == .sha1 ? .sha1 : .sha256, of: source.name)
+        let buffer = UnsafeMutableRawBufferPointer.allocate(byteCount: 1 << 20, alignment: 4096)
+        defer { buffer.deallocate() }
+        var offset: UInt64 = 0
+        while offset < source.size {
+            let run = try source.run(at: offset, limit: source.size &- offset)
+            let count = min(run.byteCount, UInt64(buffer.count))
+            if run.isHole {
+                try digest.update(UnsafeRawBufferPointer(rebasing: ZeroArea.bytes[..<Int(count)]))
+            } else {
+                let part = UnsafeMutableRawBufferPointer(rebasing: buffer[..<Int(count)])
+                try source.read(into: part, at: offset)
+                try digest.update(UnsafeRawBufferPointer(part))
+            }
+            offset &+= count
+            if let progress, !progress(Double(offset) / Double(source.size)) {
+                throw ImageError(.cancelled, file: source.name)
+            }
+        }
+        return try digest.end()
+    }
+}
+
+/// A digest whose errors name the disk.
+private struct NamedDigest: ~Copyable {
+    private let digest: Digest
+    private let name: String
+
+    init(_ algorithm: HashAlgorithm, of name: String) throws(ImageError) {
+        self.name = name
+        do throws(EncryptionError) {
+            digest = try Digest(algorithm)
+            try digest.begin()
+        } catch {
+            throw ImageError(.encryption(error), file: name)
+        }
+    }
+
+    func update(_ bytes: UnsafeRawBufferPointer) throws(ImageError) {
+        do throws(EncryptionError) {
+            try digest.update(bytes)
+        } catch {
+            throw ImageError(.encryption(error), file: name)
+        }
+    }
+
+    func end() throws(ImageError) -> [UInt8] {
+        do throws(EncryptionError) {
+            return try digest.end()
+        } catch {
+            throw ImageError(.encryption(error), file: name)
+        }
+    }
+}
