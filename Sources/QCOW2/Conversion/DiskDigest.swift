@@ -40,8 +40,9 @@ private struct NamedDigest: ~Copyable {
     init(_ algorithm: HashAlgorithm, of name: String) throws(ImageError) {
         self.name = name
         do throws(EncryptionError) {
-            digest = try Digest(algorithm)
+            let digest = try Digest(algorithm)
             try digest.begin()
+            self.digest = digest
         } catch {
             throw ImageError(.encryption(error), file: name)
         }
