@@ -112,7 +112,7 @@ struct CrashLayout: Sendable, CustomTestStringConvertible {
             commitInterval: 2),
         CrashLayout(clusterBits: 14, guestClusters: 32, hasBacking: true, isExtended: true),
         CrashLayout(
-            clusterBits: 14, refcountOrder: 1, guestClusters: 32, hasCompressed: true,
+            clusterBits: 14, refcountOrder: 3, guestClusters: 32, hasCompressed: true,
             isExtended: true, commitInterval: 2),
         CrashLayout(
             clusterBits: 14, refcountOrder: 0, guestClusters: 32, hasSnapshot: false,

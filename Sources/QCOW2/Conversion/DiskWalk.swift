@@ -23,8 +23,8 @@ final class DiskWalk: Sendable {
     private let pieceByteCount: UInt64
     private let state = Monitor(State())
 
-    /// A walk up to `end`, or over the bytes that at least one of `sources` has, in pieces that cross no multiple
-    /// of `pieceByteCount`, a power of two.
+    /// A walk up to `end`, or over the bytes that at least one of `sources` has, in pieces that
+    /// cross no multiple of `pieceByteCount`, a power of two.
     init(
         over sources: [SourceDisk], end: UInt64? = nil,
         pieceByteCount: UInt64 = DiskWalk.pieceByteCount
