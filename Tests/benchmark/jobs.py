@@ -229,6 +229,22 @@ def _(path, image, target):
     return fio(path, "--rw=randread", *QD1, seconds=SECONDS)
 
 
+@job("luks-seqread", "luks", "MB/s")
+def _(path, image, target):
+    """AES-256-XTS, as qemu-img makes it; the kernel's cache is cold."""
+    return sequential(path, image.size // 2)
+
+
+@job("luks-randread-qd1", "luks", "IOPS")
+def _(path, image, target):
+    return fio(path, "--rw=randread", *QD1, seconds=SECONDS)
+
+
+@job("luks-randread-thr16", "luks", "IOPS")
+def _(path, image, target):
+    return fio(path, "--rw=randread", *THR16, seconds=SECONDS)
+
+
 @job("half-cp-sparse", "half", "MB/s")
 def _(path, image, target):
     """cp --sparse=always of the half-allocated image, virtual bytes per second."""

@@ -219,6 +219,9 @@ class Qsd(Target):
         q = f"node-name=q,driver=qcow2,file=f,discard=unmap,read-only={ro}"
         if "l2" in self.opt:
             q += f",l2-cache-size={self.opt['l2']}"
+        if image.passphrase:
+            args += ["--object", f"secret,id=s,file={image.passphrase}"]
+            q += ",encrypt.format=luks,encrypt.key-secret=s"
         args += ["--blockdev", q]
         export = {"type": "fuse", "id": "e", "node-name": "q", "mountpoint": self.mountpoint_file(),
                   "writable": write}
@@ -260,6 +263,8 @@ class Qcowfs(Target):
     def start(self, image, write):
         extra = [x for x in self.opt.get("args", "").split("+") if x]
         ro = [] if write else ["--read-only"]
+        if image.passphrase:
+            extra += ["--passphrase-file", image.passphrase]
         try:
             self.call(self.opt["bin"], "mount", *ro, *extra, image.qcow2, self.mountpoint_file())
         except Failed as e:
