@@ -173,10 +173,12 @@ public final class Image: Sendable {
         guard let workers else { return }
         closing.announceChange()
         for worker in workers { pthread_join(worker, nil) }
-        if let parent { return try close(viewOf: parent) }
-        guard let writing else { return }
+        // A request whose reply has been given may still hold its range: it leaves before the
+        // memory goes.
         ranges.lockEverything()
         defer { ranges.unlockEverything() }
+        if let parent { return try close(viewOf: parent) }
+        guard let writing else { return }
         guard writing.hasBegun.load(ordering: .acquiring) else { return }
         try writing.commit.finish()
         try saveBitmaps(writing)

@@ -120,6 +120,20 @@ struct SnapshotMountTests {
         try mount.unmount()
     }
 
+    @Test("a snapshot's image goes after the last close, when every request has left it")
+    func opensAndCloses() throws {
+        let folder = try TemporaryDirectory()
+        let image = folder.file("disk.qcow2")
+        try makeImage(image)
+        for name in ["a", "b", "c"] { try QemuImg.snapshot(image, create: name) }
+        let mount = try TestMount(image, in: folder, options: ["--snapshots"])
+        for round in 0..<600 {
+            let name = "disk@\(["a", "b", "c"][round % 3]).raw"
+            #expect(try holds(TestFile(mount.mountpoint + "/" + name, O_RDONLY), 0..<4096, 0xA1))
+        }
+        try mount.unmount()
+    }
+
     @Test("Trap 57: a snapshot of another size is shown and applied with its own size")
     func sizes() throws {
         let folder = try TemporaryDirectory()
