@@ -2,15 +2,9 @@ internal import Glibc
 
 /// Every kind of image of the format's test recipes.
 package enum Fixtures {
-    /// What qcowfs reads of the features that not every image has.
-    package static let readFeatures: Set<Fixture.Feature> = [.dataFile, .extendedL2]
-
     package static let all: [Fixture] =
         plain + refcounts + clusters + preallocated + compressed + kept + layered + extended
         + outside + encrypted
-
-    /// Those that qcowfs reads.
-    package static let readable = all.filter { $0.features.isSubset(of: readFeatures) }
 
     private static let sizes = ["512", "4k", "64k", "2M"]
 

@@ -7,7 +7,7 @@ import Testing
 struct FixtureTests {
     @Test(
         "reading through the mount equals qemu-img convert, and holes equal qemu-img map",
-        arguments: Fixtures.readable)
+        arguments: Fixtures.all)
     func equalsConvert(_ fixture: Fixture) throws {
         let made = try fixture.made()
         let raw = made.folder.file("expected.raw")
@@ -20,7 +20,7 @@ struct FixtureTests {
         #expect(ranges == Self.joined(extents.filter { $0.data }.map(\.range)))
     }
 
-    @Test("map prints what qemu-img map prints", arguments: Fixtures.readable)
+    @Test("map prints what qemu-img map prints", arguments: Fixtures.all)
     func map(_ fixture: Fixture) throws {
         let made = try fixture.made()
         let words = made.openOptions + [made.image]
