@@ -35,8 +35,8 @@ let package = Package(
             name: "CZstd", path: "Modules/CZstd", pkgConfig: "libzstd",
             providers: [.apt(["libzstd-dev"])]),
         .systemLibrary(
-            name: "CCrypto", path: "Modules/CCrypto", pkgConfig: "libcrypto",
-            providers: [.apt(["libssl-dev"])]),
+            // No pkgConfig: it would link what is opened at run time.
+            name: "CCrypto", path: "Modules/CCrypto", providers: [.apt(["libssl-dev"])]),
         .systemLibrary(
             name: "CNettle", path: "Modules/CNettle", pkgConfig: "nettle",
             providers: [.apt(["nettle-dev"])]),

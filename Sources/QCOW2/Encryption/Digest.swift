@@ -9,11 +9,11 @@ struct Digest: ~Copyable {
 
     init(_ algorithm: HashAlgorithm) throws(EncryptionError) {
         self.algorithm = algorithm
-        guard let method = EVP_MD_fetch(nil, algorithm.rawValue, nil) else {
+        guard let method = crypto_EVP_MD_fetch(nil, algorithm.rawValue, nil) else {
             throw .unavailable(algorithm.rawValue)
         }
-        guard let context = EVP_MD_CTX_new() else {
-            EVP_MD_free(method)
+        guard let context = crypto_EVP_MD_CTX_new() else {
+            crypto_EVP_MD_free(method)
             throw .outOfMemory
         }
         self.method = method
@@ -21,8 +21,8 @@ struct Digest: ~Copyable {
     }
 
     deinit {
-        EVP_MD_CTX_free(context)
-        EVP_MD_free(method)
+        crypto_EVP_MD_CTX_free(context)
+        crypto_EVP_MD_free(method)
     }
 
     /// Hashes `parts`, one after the other, into the start of `digest`.
@@ -30,13 +30,14 @@ struct Digest: ~Copyable {
         _ first: UnsafeRawBufferPointer, _ second: UnsafeRawBufferPointer? = nil,
         into digest: UnsafeMutableRawBufferPointer
     ) throws(EncryptionError) {
-        var isDone = EVP_DigestInit_ex2(context, method, nil) == 1
-        isDone = isDone && EVP_DigestUpdate(context, first.baseAddress, first.count) == 1
+        var isDone = crypto_EVP_DigestInit_ex2(context, method, nil) == 1
+        isDone = isDone && crypto_EVP_DigestUpdate(context, first.baseAddress, first.count) == 1
         if let second {
-            isDone = isDone && EVP_DigestUpdate(context, second.baseAddress, second.count) == 1
+            isDone =
+                isDone && crypto_EVP_DigestUpdate(context, second.baseAddress, second.count) == 1
         }
         let target = digest.baseAddress?.assumingMemoryBound(to: UInt8.self)
-        guard isDone, EVP_DigestFinal_ex(context, target, nil) == 1 else {
+        guard isDone, crypto_EVP_DigestFinal_ex(context, target, nil) == 1 else {
             throw .failed("hashing with \(algorithm.rawValue)")
         }
     }
@@ -45,17 +46,19 @@ struct Digest: ~Copyable {
 /// Hashing in pieces.
 extension Digest {
     func begin() throws(EncryptionError) {
-        guard EVP_DigestInit_ex2(context, method, nil) == 1 else { throw failure }
+        guard crypto_EVP_DigestInit_ex2(context, method, nil) == 1 else { throw failure }
     }
 
     func update(_ bytes: UnsafeRawBufferPointer) throws(EncryptionError) {
-        guard EVP_DigestUpdate(context, bytes.baseAddress, bytes.count) == 1 else { throw failure }
+        guard crypto_EVP_DigestUpdate(context, bytes.baseAddress, bytes.count) == 1 else {
+            throw failure
+        }
     }
 
     /// The hash of everything since `begin`.
     func end() throws(EncryptionError) -> [UInt8] {
         var digest = [UInt8](repeating: 0, count: algorithm.byteCount)
-        guard EVP_DigestFinal_ex(context, &digest, nil) == 1 else { throw failure }
+        guard crypto_EVP_DigestFinal_ex(context, &digest, nil) == 1 else { throw failure }
         return digest
     }
 

@@ -14,7 +14,7 @@ struct KeyDerivation: ~Copyable {
         try SecretBytes(count: byteCount) { key throws(EncryptionError) in
             // An empty passphrase has no address, and libcrypto wants one.
             let words = passphrase.isEmpty ? UnsafeRawBufferPointer(key) : passphrase
-            let status = PKCS5_PBKDF2_HMAC(
+            let status = crypto_PKCS5_PBKDF2_HMAC(
                 words.baseAddress?.assumingMemoryBound(to: CChar.self), Int32(passphrase.count),
                 salt, Int32(salt.count), Int32(clamping: iterations), digest.method,
                 Int32(byteCount), key.baseAddress?.assumingMemoryBound(to: UInt8.self))
@@ -66,7 +66,7 @@ struct KeyDerivation: ~Copyable {
 enum RandomBytes {
     static func fill(_ buffer: UnsafeMutableRawBufferPointer) throws(EncryptionError) {
         guard
-            RAND_priv_bytes(
+            crypto_RAND_priv_bytes(
                 buffer.baseAddress?.assumingMemoryBound(to: UInt8.self), Int32(buffer.count)) == 1
         else { throw .failed("drawing random numbers") }
     }

@@ -25,33 +25,33 @@ final class LibcryptoCipher: KeyedCipher, @unchecked Sendable {
         _ cipher: CipherAlgorithm, _ mode: CipherMode, key: UnsafeRawBufferPointer
     ) throws(EncryptionError) {
         let name = Self.name(cipher, mode) ?? cipher.rawValue
-        guard let method = EVP_CIPHER_fetch(nil, name, nil) else { throw .unavailable(name) }
-        defer { EVP_CIPHER_free(method) }
+        guard let method = crypto_EVP_CIPHER_fetch(nil, name, nil) else { throw .unavailable(name) }
+        defer { crypto_EVP_CIPHER_free(method) }
         encryptingModel = try Self.model(method, key, encrypts: true, name)
         do throws(EncryptionError) {
             decryptingModel = try Self.model(method, key, encrypts: false, name)
         } catch {
-            EVP_CIPHER_CTX_free(encryptingModel)
+            crypto_EVP_CIPHER_CTX_free(encryptingModel)
             throw error
         }
         hasIV = mode != .ecb
     }
 
     deinit {
-        EVP_CIPHER_CTX_free(encryptingModel)
-        EVP_CIPHER_CTX_free(decryptingModel)
+        crypto_EVP_CIPHER_CTX_free(encryptingModel)
+        crypto_EVP_CIPHER_CTX_free(decryptingModel)
     }
 
     private static func model(
         _ method: OpaquePointer, _ key: UnsafeRawBufferPointer, encrypts: Bool, _ name: String
     ) throws(EncryptionError) -> OpaquePointer {
-        guard let context = EVP_CIPHER_CTX_new() else { throw .outOfMemory }
+        guard let context = crypto_EVP_CIPHER_CTX_new() else { throw .outOfMemory }
         let bytes = key.baseAddress?.assumingMemoryBound(to: UInt8.self)
-        guard Int(EVP_CIPHER_get_key_length(method)) == key.count,
-            EVP_CipherInit_ex2(context, method, bytes, nil, encrypts ? 1 : 0, nil) == 1,
-            EVP_CIPHER_CTX_set_padding(context, 0) == 1
+        guard Int(crypto_EVP_CIPHER_get_key_length(method)) == key.count,
+            crypto_EVP_CipherInit_ex2(context, method, bytes, nil, encrypts ? 1 : 0, nil) == 1,
+            crypto_EVP_CIPHER_CTX_set_padding(context, 0) == 1
         else {
-            EVP_CIPHER_CTX_free(context)
+            crypto_EVP_CIPHER_CTX_free(context)
             throw .failed("setting the key of \(name)")
         }
         return context
@@ -59,16 +59,16 @@ final class LibcryptoCipher: KeyedCipher, @unchecked Sendable {
 
     @Sendable
     private static func free(_ context: UnsafeMutableRawPointer) {
-        EVP_CIPHER_CTX_free(OpaquePointer(context))
+        crypto_EVP_CIPHER_CTX_free(OpaquePointer(context))
     }
 
     func begin(_ direction: CipherDirection) -> UnsafeMutableRawPointer? {
         let idle = direction == .encrypt ? encryptors.take() : decryptors.take()
         if let idle { return idle }
-        guard let context = EVP_CIPHER_CTX_new() else { return nil }
+        guard let context = crypto_EVP_CIPHER_CTX_new() else { return nil }
         let model = direction == .encrypt ? encryptingModel : decryptingModel
-        guard EVP_CIPHER_CTX_copy(context, model) == 1 else {
-            EVP_CIPHER_CTX_free(context)
+        guard crypto_EVP_CIPHER_CTX_copy(context, model) == 1 else {
+            crypto_EVP_CIPHER_CTX_free(context)
             return nil
         }
         return UnsafeMutableRawPointer(context)
@@ -80,9 +80,9 @@ final class LibcryptoCipher: KeyedCipher, @unchecked Sendable {
         to target: UnsafeMutablePointer<UInt8>, byteCount: Int
     ) -> Bool {
         let context = OpaquePointer(context)
-        if hasIV, EVP_CipherInit_ex(context, nil, nil, nil, iv, -1) != 1 { return false }
+        if hasIV, crypto_EVP_CipherInit_ex(context, nil, nil, nil, iv, -1) != 1 { return false }
         var done: Int32 = 0
-        return EVP_CipherUpdate(context, target, &done, source, Int32(byteCount)) == 1
+        return crypto_EVP_CipherUpdate(context, target, &done, source, Int32(byteCount)) == 1
             && Int(done) == byteCount
     }
 
@@ -94,7 +94,7 @@ final class LibcryptoCipher: KeyedCipher, @unchecked Sendable {
         encryptors.drain()
         decryptors.drain()
         // The models lose their keys too, and stay valid for `deinit`.
-        EVP_CIPHER_CTX_reset(encryptingModel)
-        EVP_CIPHER_CTX_reset(decryptingModel)
+        crypto_EVP_CIPHER_CTX_reset(encryptingModel)
+        crypto_EVP_CIPHER_CTX_reset(decryptingModel)
     }
 }
