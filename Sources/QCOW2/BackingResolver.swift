@@ -9,7 +9,7 @@ package struct BackingResolver: Sendable {
     package enum Format: String, Sendable { case raw, qcow2 }
 
     /// What an image names a file for.
-    private enum Role: String {
+    enum Role: String {
         case backing = "backing file"
         case data = "data file"
     }
@@ -59,16 +59,8 @@ package struct BackingResolver: Sendable {
     ) throws(ImageError) -> Resolved {
         try checkReference(reference, .backing, from: overlayPath, overlayWasProbed)
         let known = try Self.format(format, of: reference, from: overlayPath)
-        let location = Self.location(of: reference, from: overlayPath)
-        let path = try find(reference, .backing, at: location, from: overlayPath)
-        let identity = try judge(path, .backing, reference: reference, from: overlayPath)
-        if chain.contains(identity) {
-            throw Self.backing("the backing chain comes back to \(path)", overlayPath)
-        }
-        guard chain.count < Limits.chainDepth else {
-            throw Self.backing(
-                "the backing chain has more than \(Limits.chainDepth) files", overlayPath)
-        }
+        let (path, location, identity) = try locate(
+            reference, .backing, from: overlayPath, chain: chain)
         if let known {
             return Resolved(
                 path: path, location: location, format: known, isProbed: false, identity: identity)
@@ -86,12 +78,8 @@ package struct BackingResolver: Sendable {
         chain: [FileDevice.Identity]
     ) throws(ImageError) -> Resolved {
         try checkReference(reference, .data, from: imagePath, imageWasProbed)
-        let location = Self.location(of: reference, from: imagePath)
-        let path = try find(reference, .data, at: location, from: imagePath)
-        let identity = try judge(path, .data, reference: reference, from: imagePath)
-        if chain.contains(identity) {
-            throw Self.error(.data, "its data file \(path) is a file of its chain", imagePath)
-        }
+        let (path, location, identity) = try locate(
+            reference, .data, from: imagePath, chain: chain)
         return Resolved(
             path: path, location: location, format: .raw, isProbed: false, identity: identity)
     }
@@ -113,7 +101,8 @@ package struct BackingResolver: Sendable {
             == UInt8(ascii: ":")
     }
 
-    private func checkReference(
+    /// Throws where the name itself cannot be followed.
+    func checkReference(
         _ reference: String, _ role: Role, from overlayPath: String, _ overlayWasProbed: Bool
     ) throws(ImageError) {
         if Self.hasScheme(reference) {
@@ -132,7 +121,7 @@ package struct BackingResolver: Sendable {
         }
     }
 
-    private static func format(
+    static func format(
         _ name: String?, of reference: String, from overlayPath: String
     ) throws(ImageError) -> Format? {
         guard let name else { return nil }
@@ -145,6 +134,26 @@ package struct BackingResolver: Sendable {
     }
 
     // MARK: The file
+
+    /// The file at the place that a reference means, as its directory entry tells: it is not
+    /// opened.
+    func locate(
+        _ reference: String, _ role: Role, from overlayPath: String, chain: [FileDevice.Identity]
+    ) throws(ImageError) -> (path: String, location: String, identity: FileDevice.Identity) {
+        let location = Self.location(of: reference, from: overlayPath)
+        let path = try find(reference, role, at: location, from: overlayPath)
+        let identity = try judge(path, role, reference: reference, from: overlayPath)
+        guard !chain.contains(identity) else {
+            throw role == .data
+                ? Self.error(role, "its data file \(path) is a file of its chain", overlayPath)
+                : Self.backing("the backing chain comes back to \(path)", overlayPath)
+        }
+        guard role == .data || chain.count < Limits.chainDepth else {
+            throw Self.backing(
+                "the backing chain has more than \(Limits.chainDepth) files", overlayPath)
+        }
+        return (path, location, identity)
+    }
 
     private func find(
         _ reference: String, _ role: Role, at location: String, from overlayPath: String

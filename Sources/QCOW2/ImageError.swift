@@ -78,7 +78,8 @@ public struct ImageError: Error, Equatable, Sendable, CustomStringConvertible {
         file.isEmpty ? reason : "\(file): \(reason)"
     }
 
-    private var reason: String {
+    /// The sentence without the file.
+    package var reason: String {
         switch kind {
         case .notQCOW2: "not a qcow2 image"
         case .malformed(let error): error.description

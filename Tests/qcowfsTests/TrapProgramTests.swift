@@ -44,18 +44,24 @@ struct TrapProgramTests {
         Bomb("the disk's size") { $0.put(UInt64.max >> 1, at: 24) },
     ]
 
-    @Test("Trap 13: no number of an image makes the program take a gigabyte", arguments: bombs)
-    func memory(_ bomb: Bomb) throws {
+    /// An image in `folder` with one such number.
+    static func image(with bomb: Bomb, in folder: TemporaryDirectory) throws -> String {
         var builder = ImageBuilder(byteCount: 1.MiB)
         builder.fill(0x11, guestCluster: 0)
         builder.snapshot("kept")
         builder.addBitmap("bits")
         var bytes = builder.build()
         bomb.put(&bytes)
-        let folder = try TemporaryDirectory()
         let image = try folder.write(bytes, to: "disk.qcow2")
         // A file that is as long as the numbers say, without having the bytes.
         try TestFile(image, O_RDWR).truncate(to: 1 << 36)
+        return image
+    }
+
+    @Test("Trap 13: no number of an image makes the program take a gigabyte", arguments: bombs)
+    func memory(_ bomb: Bomb) throws {
+        let folder = try TemporaryDirectory()
+        let image = try Self.image(with: bomb, in: folder)
         let mountpoint = try folder.directory("mnt")
         for words in [["info"], ["check"], ["mount"], ["mount", "-r"]] {
             let mounts = words[0] == "mount"

@@ -17,6 +17,18 @@ public struct HeaderExtension: Sendable, Hashable {
     /// Ours: room that a removed extension has left between others.
     static let unused: UInt32 = 0x5155_4e55
 
+    /// What the specification calls an extension of this type; nil for one that it does not know.
+    public var typeName: String? {
+        switch type {
+        case Self.backingFormat: "backing file format"
+        case Self.featureNames: "feature name table"
+        case Self.bitmaps: "bitmaps"
+        case Self.encryptionHeader: "full disk encryption header pointer"
+        case Self.externalDataFile: "external data file name"
+        default: nil
+        }
+    }
+
     /// Types of which the format knows at most one in a header.
     static let unique: Set<UInt32> = [
         backingFormat, featureNames, bitmaps, encryptionHeader, externalDataFile,
