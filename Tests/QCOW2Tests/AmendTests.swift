@@ -4,7 +4,7 @@ import TestSupport
 import Testing
 
 /// Changing what kind of image a file is, judged by QEMU and by the tests' own reader.
-@Suite("Amending", .enabled(if: QemuImg.isThere, "qemu-img or qemu-io is missing"))
+@Suite("Amending", .needsQemuImg)
 struct AmendTests {
     let folder: TemporaryDirectory
     let image: String

@@ -151,7 +151,7 @@ struct CheckTests {
     }
 
     @Test(
-        "Damaged images get qemu-img's verdict and counts", .enabled(if: QemuImg.isThere),
+        "Damaged images get qemu-img's verdict and counts", .needsQemuImg,
         arguments: [(512, 4), (4096, 0), (4096, 6), (65536, 3), (65536, 4)])
     func damaged(clusterByteCount: Int, refcountOrder: Int) throws {
         let folder = try TemporaryDirectory()

@@ -53,7 +53,7 @@ struct CreateTests {
     }
 
     @Test(
-        "qemu-img finds no fault with a new image", .enabled(if: QemuImg.isThere),
+        "qemu-img finds no fault with a new image", .needsQemuImg,
         arguments: Kind.all + Kind.extended)
     func clean(kind: Kind) throws {
         try Image.create(at: image, size: 5_000_000, options: kind.options)
@@ -70,7 +70,7 @@ struct CreateTests {
 
     @Test(
         "A preallocated image with subclusters shows its backing file",
-        .enabled(if: QemuImg.isThere))
+        .needsQemuImg)
     func preallocatedOverBacking() throws {
         let base = try folder.write([UInt8](repeating: 0xBB, count: 300_000), to: "base.raw")
         var options = CreateOptions()

@@ -3,7 +3,7 @@ import TestSupport
 import Testing
 
 /// Encrypted images that QEMU made, and ones that we make, each read and written by both.
-@Suite("Encryption", .serialized, .enabled(if: QemuImg.isThere, "qemu-img or qemu-io is missing"))
+@Suite("Encryption", .serialized, .needsQemuImg)
 struct EncryptionTests {
     let folder: TemporaryDirectory
     let image: EncryptedImage

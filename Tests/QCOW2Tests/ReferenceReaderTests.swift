@@ -4,7 +4,7 @@ import Testing
 
 /// The judge is judged first: what qemu-img makes it must read, what the builder makes qemu-img
 /// must find clean, and damage it must see.
-@Suite("The tests' own reader", .enabled(if: QemuImg.isThere, "qemu-img is not installed"))
+@Suite("The tests' own reader", .needsQemuImg)
 struct ReferenceReaderTests {
     struct Layout: Sendable, CustomTestStringConvertible {
         let clusterSize: Int

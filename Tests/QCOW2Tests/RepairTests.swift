@@ -4,7 +4,7 @@ import TestSupport
 import Testing
 
 /// Repairs of damaged images: tables and counts agree again, and the guest reads what it read.
-@Suite("Repairing images", .enabled(if: QemuImg.isThere, "qemu-img or qemu-io is missing"))
+@Suite("Repairing images", .needsQemuImg)
 struct RepairTests {
     let folder: TemporaryDirectory
     let image: String

@@ -3,7 +3,7 @@ import TestSupport
 import Testing
 
 /// `commit`: an overlay's content moves into the file below it.
-@Suite("Committing to a backing file", .enabled(if: QemuImg.isThere, "qemu-img is missing"))
+@Suite("Committing to a backing file", .needsQemuImg)
 struct CommitVerbTests {
     let folder: TemporaryDirectory
     let base: String

@@ -3,7 +3,7 @@ import TestSupport
 import Testing
 
 /// `convert`, `compare`, `read` and `write`, with QEMU as the judge.
-@Suite("Copies without a mount", .enabled(if: QemuImg.isThere, "qemu-img or qemu-io is missing"))
+@Suite("Copies without a mount", .needsQemuImg)
 struct ConvertTests {
     let folder: TemporaryDirectory
     let image: String

@@ -3,7 +3,7 @@ import TestSupport
 import Testing
 
 /// `create`, `info` and `check` beside qemu-img, through the program.
-@Suite("Verbs on images", .enabled(if: QemuImg.isThere, "qemu-img or qemu-io is missing"))
+@Suite("Verbs on images", .needsQemuImg)
 struct ImageVerbTests {
     let folder: TemporaryDirectory
     let image: String

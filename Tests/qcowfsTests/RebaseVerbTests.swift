@@ -3,7 +3,7 @@ import TestSupport
 import Testing
 
 /// `rebase`: another backing file, the same disk.
-@Suite("Changing the backing file", .enabled(if: QemuImg.isThere, "qemu-img is missing"))
+@Suite("Changing the backing file", .needsQemuImg)
 struct RebaseVerbTests {
     let folder: TemporaryDirectory
     let top: String

@@ -68,7 +68,7 @@ struct HeaderTraps {
 
     @Test(
         "Trap 5: compression type 1 and incompatible bit 3 come together, or not at all",
-        .enabled(if: QemuImg.isThere))
+        .needsQemuImg)
     func compressionBit() throws {
         let folder = try TemporaryDirectory()
         let content = (0..<256.KiB).map { UInt8($0 / 977 & 0xFF) }
@@ -125,7 +125,7 @@ struct HeaderTraps {
 
     @Test(
         "Trap 8: a new disk is rounded up to sectors, its backing file's length is not",
-        .enabled(if: QemuImg.isThere))
+        .needsQemuImg)
     func createdSizes() throws {
         let device = RecordingDevice([], yielding: false)
         try Image.create(on: device, size: 1000)
@@ -150,7 +150,7 @@ struct HeaderTraps {
 
     @Test(
         "Trap 9: a disk of no bytes has no L1 table, a shrunk one has more of it than it needs",
-        .enabled(if: QemuImg.isThere))
+        .needsQemuImg)
     func l1Size() throws {
         let folder = try TemporaryDirectory()
         let (empty, shrunk) = (folder.file("empty.qcow2"), folder.file("shrunk.qcow2"))

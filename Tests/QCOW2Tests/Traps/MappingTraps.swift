@@ -128,7 +128,7 @@ struct MappingTraps {
 
     @Test(
         "Trap 36: what is written beyond 4 TiB is read there, and only there, by QEMU too",
-        .enabled(if: QemuImg.isThere))
+        .needsQemuImg)
     func hugeOffsets() throws {
         let folder = try TemporaryDirectory()
         let path = folder.file("disk.qcow2")

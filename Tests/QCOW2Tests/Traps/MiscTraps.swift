@@ -160,7 +160,7 @@ struct MiscTraps {
 
     @Test(
         "Trap 74: QEMU is kept out after other descriptors were closed",
-        .enabled(if: QemuImg.isThere))
+        .needsQemuImg)
     func keepsQEMUOut() throws {
         let folder = try TemporaryDirectory()
         let path = folder.file("disk.qcow2")

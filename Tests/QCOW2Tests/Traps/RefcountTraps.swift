@@ -72,7 +72,7 @@ struct RefcountTraps {
 
     @Test(
         "Trap 40: where there is no room for a new table, nothing refers to it",
-        .enabled(if: QemuImg.isThere), arguments: [false, true])
+        .needsQemuImg, arguments: [false, true])
     func noRoomForTables(lasts: Bool) throws {
         let folder = try TemporaryDirectory()
         let builder = ImageBuilder(byteCount: 1.MiB, clusterBits: 9, refcountOrder: 6)
@@ -101,7 +101,7 @@ struct RefcountTraps {
 
     @Test(
         "Trap 45: a new refcount block counts itself, at every point of growth",
-        .enabled(if: QemuImg.isThere))
+        .needsQemuImg)
     func blocksCountThemselves() throws {
         let builder = ImageBuilder(byteCount: 3.MiB, clusterBits: 9, refcountOrder: 6)
         let device = RecordingDevice(builder.build(), yielding: false)
@@ -193,7 +193,7 @@ struct RefcountTraps {
 
     @Test(
         "Trap 53: COPIED is set wherever there is one reference, after every kind of change",
-        .enabled(if: QemuImg.isThere), arguments: [UInt32(2), 3])
+        .needsQemuImg, arguments: [UInt32(2), 3])
     func copiedFlags(version: UInt32) throws {
         var builder = ImageBuilder(byteCount: 256.KiB, version: version, clusterBits: 9)
         for cluster in 0..<40 { builder.fill(UInt8(cluster + 1), guestCluster: cluster) }

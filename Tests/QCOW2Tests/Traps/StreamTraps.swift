@@ -76,7 +76,7 @@ struct StreamTraps {
 
     @Test(
         "Trap 29: a file that ends with the last byte in use is read and written",
-        .enabled(if: QemuImg.isThere), arguments: [false, true])
+        .needsQemuImg, arguments: [false, true])
     func endsBetweenSectors(bypassesPageCache: Bool) throws {
         // O_DIRECT reads whole blocks, of which the last is short.
         let folder = try TemporaryDirectory(in: "/tmp")
