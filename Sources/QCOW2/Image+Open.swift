@@ -44,7 +44,7 @@ extension Image {
         let plan = try ChainPlan(path, options: options)
         var chain = OpenedChain(capacity: plan.files.count, options: options)
         try open(plan.files, into: &chain)
-        return Image(chain)
+        return try Image(chain)
     }
 
     /// Opens the image on `device`, over `backing`, which is given top first, with its guest data
@@ -68,7 +68,7 @@ extension Image {
         }
         var chain = OpenedChain(capacity: files.count, options: options)
         try open(files, into: &chain)
-        return Image(chain)
+        return try Image(chain)
     }
 
     /// Makes layers of opened files, the first of them writable if it shall be.
@@ -91,7 +91,7 @@ extension Image {
                         number: number,
                         cacheByteCount: shares[number]))
             } else {
-                chain.append(Layer(raw: hostFile, number: number))
+                chain.append(try Layer(raw: hostFile, number: number))
             }
         }
         if isWritable { chain.writing = try makeWriting(chain) }
@@ -148,7 +148,7 @@ extension Image {
         let map = chain.layers.pointee.map
         let file = chain.layers.pointee.file
         let data = chain.layers.pointee.data
-        let guarded = MetadataGuard(
+        let guarded = try MetadataGuard(
             map: map,
             tableCount: Int(header.l1EntryCount) + Int(header.refcountTableClusterCount) * 8)
         for table in try FixedTables.find(in: file, header: header) { guarded.add(table) }

@@ -118,7 +118,12 @@ extension Image {
         for cluster in run.first..<run.end { writing.guarded.addTable(cluster) }
         ranges.lockEverything()
         defer { ranges.unlockEverything() }
-        map.moveL1Table(to: run.first &<< map.clusterBits, count: Int(needed))
+        do throws(ImageError) {
+            try map.moveL1Table(to: run.first &<< map.clusterBits, count: Int(needed))
+        } catch {
+            try writing.allocator.release(run)
+            throw error
+        }
     }
 
     /// The end of the run from `offset` on that nothing has to be done about.

@@ -109,7 +109,7 @@ extension Image {
         chain.append(
             try Layer(viewing: header, of: layers[0], cacheByteCount: Self.viewCacheByteCount))
         for index in 1..<max(layerCount, 1) { chain.append(Layer(sharing: layers[index])) }
-        return Image(chain, viewing: snapshot.l1Offset, of: self)
+        return try Image(chain, viewing: snapshot.l1Offset, of: self)
     }
 
     /// Bytes of L2 tables that a view keeps.

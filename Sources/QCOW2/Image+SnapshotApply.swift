@@ -81,7 +81,7 @@ extension Image {
         try writing.commit.now()
         let old = activeTree
         try writing.commit.excluding { () throws(ImageError) in
-            map.replaceL1Table(by: entries, at: room.first &<< map.clusterBits)
+            try map.replaceL1Table(by: entries, at: room.first &<< map.clusterBits)
             writing.header.change { $0.storeBigEndian(byteCount, at: HeaderField.size) }
         }
         writing.bitmaps.recordSize(from: size, to: byteCount & ~511)

@@ -85,23 +85,20 @@ public final class Image: Sendable {
     ///   - parent: the image that has the snapshot, and the files.
     init(
         _ chain: consuming OpenedChain, viewing viewedL1Offset: UInt64 = 0, of parent: Image? = nil
-    ) {
+    ) throws(ImageError) {
+        let all = UnsafeBufferPointer(start: chain.layers, count: chain.layerCount)
+        let clusters = all.indices.map { Int(all[$0].header?.clusterByteCount ?? 512) }
+        decompressed = try DecompressedCache(
+            byteCount: chain.options.decompressedCacheByteCount,
+            clusterByteCount: clusters.max() ?? 512)
         self.parent = parent
         self.viewedL1Offset = viewedL1Offset
         layers = chain.layers
         layerCount = chain.layerCount
         chain.isTaken = true
-        var end: UInt64 = 0
-        var largestCluster = 512
-        for index in 0..<layerCount {
-            if index > 0 { end = max(end, layers[index].size) }
-            largestCluster = max(largestCluster, Int(layers[index].header?.clusterByteCount ?? 0))
-        }
-        backingEnd = end
+        backingEnd = all.indices.dropFirst().map { all[$0].size }.max() ?? 0
         currentSize = Atomic(layers[0].size)
         ranges = RangeLocks(clusterBits: layers[0].header?.clusterBits ?? 16)
-        decompressed = DecompressedCache(
-            byteCount: chain.options.decompressedCacheByteCount, clusterByteCount: largestCluster)
         writing = chain.writing
         allocation = AllocationCounter()
         logger = chain.options.logger

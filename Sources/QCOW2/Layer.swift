@@ -65,7 +65,7 @@ struct Layer: ~Copyable {
         }
     }
 
-    init(raw file: HostFile, number: Int) {
+    init(raw file: HostFile, number: Int) throws(ImageError) {
         self.file = file
         data = file
         self.number = number
@@ -73,7 +73,7 @@ struct Layer: ~Copyable {
         isRaw = true
         isEncrypted = false
         encryption = nil
-        map = ClusterMap(ofRawDisk: file)
+        map = try ClusterMap(ofRawDisk: file)
         size = file.writtenEnd
         mappedBytes = file.device.mappedBytes
         decompressor = nil

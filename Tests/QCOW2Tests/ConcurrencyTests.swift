@@ -105,7 +105,7 @@ struct ConcurrencyTests {
 
     @Test("A look-up sees both words of an extended entry old, or both new")
     func entriesAreWhole() throws {
-        let cache = SharedCache()
+        let cache = try SharedCache()
         let isDone = Atomic(false)
         let seen = Atomic(0)
         try onThreads(3) { index in
@@ -169,10 +169,11 @@ struct ConcurrencyTests {
 
 /// A cache with one slice of extended entries, which one thread changes.
 private final class SharedCache: Sendable {
-    private let cache = SliceCache(wordBits: 9, entryWordBits: 1, byteCount: 4096)
+    private let cache: SliceCache
     private let slot: Int
 
-    init() {
+    init() throws {
+        cache = try SliceCache(wordBits: 9, entryWordBits: 1, byteCount: 4096)
         slot = cache.victim(for: 5) { _ in true } ?? 0
         let bytes = [UInt8](repeating: 0, count: 4096)
         bytes.withUnsafeBytes { cache.fill(slot, with: 5, from: $0) }

@@ -9,7 +9,7 @@ struct DecompressedCacheTests {
 
     @Test("A cluster is inflated once, and its parts are copied out")
     func hit() throws {
-        let shelf = Shelf(byteCount: 1 << 20)
+        let shelf = try Shelf(byteCount: 1 << 20)
         for offset in [0, 4096, 65535, 65536] {
             #expect(shelf.holds(key(at: 512), from: offset, count: min(4096, 65536 - offset)))
         }
@@ -18,7 +18,7 @@ struct DecompressedCacheTests {
 
     @Test("Layer, place and length together name a stream")
     func keys() throws {
-        let shelf = Shelf(byteCount: 4 << 20)
+        let shelf = try Shelf(byteCount: 4 << 20)
         let keys = [
             key(at: 512), key(at: 513), key(at: 512, byteCount: 1024), key(at: 512, layer: 1),
             key(at: 512, layer: 200), key(at: 1 << 55, layer: 200),
@@ -29,7 +29,7 @@ struct DecompressedCacheTests {
 
     @Test("A failure is thrown on and not remembered")
     func failure() throws {
-        let shelf = Shelf(byteCount: 1 << 20)
+        let shelf = try Shelf(byteCount: 1 << 20)
         for _ in 0..<2 {
             #expect(throws: Refused.self) {
                 try withBytes(4096) { target throws(Refused) in
@@ -45,7 +45,7 @@ struct DecompressedCacheTests {
 
     @Test("The bytes are bounded, and what is read again stays")
     func bound() throws {
-        let shelf = Shelf(byteCount: 8 * 65536)
+        let shelf = try Shelf(byteCount: 8 * 65536)
         for round in 0..<50 {
             #expect(shelf.holds(key(at: 1)))
             #expect(shelf.holds(key(at: UInt64(1000 + round))))
@@ -55,10 +55,10 @@ struct DecompressedCacheTests {
 
     @Test("Two clusters of 2 MiB fit whatever the bound is, and 0 is off")
     func extremes() throws {
-        let tiny = Shelf(byteCount: 1, clusterSize: 2 << 20)
+        let tiny = try Shelf(byteCount: 1, clusterSize: 2 << 20)
         for _ in 0..<3 { for place in [UInt64(1), 2] { #expect(tiny.holds(key(at: place))) } }
         #expect(tiny.fillCount == 2)
-        let off = Shelf(byteCount: 0)
+        let off = try Shelf(byteCount: 0)
         for _ in 0..<3 {
             #expect(off.holds(key(at: 1)))
             #expect(off.holds(key(at: 1), from: 0, count: 65536))
@@ -67,8 +67,8 @@ struct DecompressedCacheTests {
     }
 
     @Test("A layer with larger clusters than the cache was made for is read past it")
-    func largerClusters() {
-        let shelf = Shelf(byteCount: 1 << 20, clusterSize: 4096)
+    func largerClusters() throws {
+        let shelf = try Shelf(byteCount: 1 << 20, clusterSize: 4096)
         #expect(shelf.holds(key(at: 1), from: 5000, count: 100, clusterSize: 65536))
         #expect(shelf.holds(key(at: 1), from: 5000, count: 100, clusterSize: 65536))
         #expect(shelf.fillCount == 2)
@@ -76,7 +76,7 @@ struct DecompressedCacheTests {
 
     @Test("Streams that touch a freed host range are forgotten, the others stay")
     func forget() throws {
-        let shelf = Shelf(byteCount: 2 << 20)
+        let shelf = try Shelf(byteCount: 2 << 20)
         shelf.cache.forget(layer: 0, hostRange: 0..<UInt64.max)
         let touching = [key(at: 65536), key(at: 65535, byteCount: 2), key(at: 131071)]
         let others = [
@@ -93,7 +93,7 @@ struct DecompressedCacheTests {
 
     @Test("With every slot in use a cluster is inflated aside")
     func allInUse() throws {
-        let shelf = Shelf(byteCount: 2 * 65536)
+        let shelf = try Shelf(byteCount: 2 * 65536)
         // Inside of a fill its slot is taken: three at once do not fit.
         shelf.whileFilling(key(at: 1)) {
             shelf.whileFilling(key(at: 2)) {
@@ -108,7 +108,7 @@ struct DecompressedCacheTests {
 
     @Test("Readers of one cluster wait for one fill, readers of others do not")
     func waiting() throws {
-        let shelf = Shelf(byteCount: 1 << 20)
+        let shelf = try Shelf(byteCount: 1 << 20)
         let started = DispatchSemaphore(value: 0)
         let finish = DispatchSemaphore(value: 0)
         let readers = DispatchGroup()
@@ -129,16 +129,16 @@ struct DecompressedCacheTests {
     }
 
     @Test("A cluster that is forgotten while it is filled is not found afterwards")
-    func forgottenFill() {
-        let shelf = Shelf(byteCount: 1 << 20)
+    func forgottenFill() throws {
+        let shelf = try Shelf(byteCount: 1 << 20)
         shelf.whileFilling(key(at: 700)) { shelf.cache.forget(layer: 0, hostRange: 512..<1024) }
         #expect(shelf.holds(key(at: 700)))
         #expect(shelf.fillCount == 2)
     }
 
     @Test("Threads that read, evict, fail and forget never get another cluster's bytes")
-    func hammer() {
-        let shelf = Shelf(byteCount: 20 * 4096, clusterSize: 4096)
+    func hammer() throws {
+        let shelf = try Shelf(byteCount: 20 * 4096, clusterSize: 4096)
         let wrong = Atomic<Int>(0)
         DispatchQueue.concurrentPerform(iterations: 8) { thread in
             var noise = Noise(seed: UInt64(thread))
@@ -169,8 +169,8 @@ private final class Shelf: Sendable {
     private let fills = Atomic<Int>(0)
     var fillCount: Int { fills.load(ordering: .relaxed) }
 
-    init(byteCount: Int, clusterSize: Int = 65536) {
-        cache = DecompressedCache(byteCount: byteCount, clusterByteCount: clusterSize)
+    init(byteCount: Int, clusterSize: Int = 65536) throws {
+        cache = try DecompressedCache(byteCount: byteCount, clusterByteCount: clusterSize)
         self.clusterSize = clusterSize
     }
 

@@ -18,12 +18,12 @@ package final class MetadataGuard: Sendable {
     }
 
     /// - Parameter tableCount: about how many L2 tables and refcount blocks there are.
-    package init(map: ClusterMap, tableCount: Int) {
+    package init(map: ClusterMap, tableCount: Int) throws(ImageError) {
         self.map = map
         clusterBits = map.clusterBits
         var words = 1 << 14  // 2^20 clusters are told apart exactly
         while words < tableCount, words < 1 << 19 { words *= 2 }
-        filter = AtomicArray(count: words)
+        filter = try AtomicArray(count: words, for: "the places of tables")
         known = Monitor(Known())
         for cluster in map.l1Clusters.first..<map.l1Clusters.end { mark(cluster) }
         for index in 0..<map.l1EntryCount where map.l1Entry(index).offset != 0 {

@@ -18,17 +18,15 @@ final class BitmapSession: Sendable {
         var hasBegun = false
     }
 
-    /// Takes the bitmaps over; they are in use on disk.
-    func start(_ bitmaps: [LiveBitmap]) {
+    /// Takes the bitmaps over, which are in use on disk before anything is written.
+    func start(_ bitmaps: [LiveBitmap]) throws(ImageError) {
         var shared: [UInt8: DirtyTracker.Marks] = [:]
-        let live = bitmaps.map { bitmap in
-            var bitmap = bitmap
-            guard bitmap.condition == .valid, bitmap.entry.isAuto else { return bitmap }
-            let bits = bitmap.entry.granularityBits
-            let marks = shared[bits] ?? DirtyTracker.Marks(granularityBits: bits)
-            shared[bits] = marks
-            bitmap.marks = [marks]
-            return bitmap
+        var live = bitmaps
+        for index in live.indices
+        where live[index].condition == .valid && live[index].entry.isAuto {
+            let bits = live[index].entry.granularityBits
+            if shared[bits] == nil { shared[bits] = try .init(granularityBits: bits) }
+            live[index].marks = shared[bits].map { [$0] } ?? []
         }
         state.withLock { state in
             state.bitmaps = live

@@ -19,9 +19,11 @@ struct DirtyMarks: ~Copyable, @unchecked Sendable {
     /// Per chunk: 0 where nothing is marked, `whole`, or the address of its words.
     private let chunks: AtomicArray
 
-    init(granularityBits: UInt8) {
+    init(granularityBits: UInt8) throws(ImageError) {
         self.granularityBits = UInt64(granularityBits)
-        chunks = AtomicArray(count: Int((Limits.bitmapByteCount &* 8) &>> DirtyMarks.chunkBits))
+        chunks = try AtomicArray(
+            count: Int((Limits.bitmapByteCount &* 8) &>> DirtyMarks.chunkBits),
+            for: "what dirty bitmaps record")
     }
 
     deinit {
@@ -69,7 +71,8 @@ struct DirtyMarks: ~Copyable, @unchecked Sendable {
         var chunk = chunks[index].load(ordering: .acquiring)
         if chunk == 0 {
             let isWhole = granules.count == 1 << Int(Self.chunkBits)
-            let made = isWhole ? Self.whole : Self.emptyChunk()
+            // Where memory is missing too much is marked, never too little.
+            let made = isWhole ? Self.whole : Self.emptyChunk() ?? Self.whole
             let (exchanged, found) = chunks[index].compareExchange(
                 expected: 0, desired: made, ordering: .acquiringAndReleasing)
             if !exchanged { free(Self.words(made)) }
@@ -84,9 +87,8 @@ struct DirtyMarks: ~Copyable, @unchecked Sendable {
         }
     }
 
-    private static func emptyChunk() -> UInt64 {
-        guard let memory = calloc(wordsPerChunk, 8) else { fatalError("out of memory") }
-        return UInt64(UInt(bitPattern: memory))
+    private static func emptyChunk() -> UInt64? {
+        calloc(wordsPerChunk, 8).map { UInt64(UInt(bitPattern: $0)) }
     }
 
     /// Calls `body` with each word of 64 granules that `granules` touches, and which of them.

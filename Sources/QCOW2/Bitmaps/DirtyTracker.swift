@@ -8,9 +8,10 @@ struct DirtyTracker: ~Copyable, @unchecked Sendable {
     final class Marks: Sendable {
         nonisolated(unsafe) let pointer: UnsafeMutablePointer<DirtyMarks>
 
-        init(granularityBits: UInt8) {
+        init(granularityBits: UInt8) throws(ImageError) {
+            let marks = try DirtyMarks(granularityBits: granularityBits)
             pointer = .allocate(capacity: 1)
-            pointer.initialize(to: DirtyMarks(granularityBits: granularityBits))
+            pointer.initialize(to: marks)
         }
 
         deinit {

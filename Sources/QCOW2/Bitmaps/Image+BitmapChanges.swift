@@ -165,7 +165,7 @@ private struct BitmapPlan {
 
     private mutating func merge(_ source: String, _ path: String?) throws(ImageError) {
         let index = try validIndex()
-        let marks = DirtyTracker.Marks(
+        let marks = try DirtyTracker.Marks(
             granularityBits: bitmaps[index].entry.granularityBits)
         func mark(_ range: Range<UInt64>) {
             marks.pointer.pointee.mark(

@@ -12,6 +12,8 @@ extension Image {
         let bitmaps = entries.map {
             LiveBitmap(stored: $0, diskByteCount: size, clusterBits: header.clusterBits)
         }
+        // It may lack memory: nothing is in use then.
+        try writing.bitmaps.start(bitmaps)
         var isChanged = false
         for (entry, bitmap) in zip(entries, bitmaps) where bitmap.needsMark && !entry.isInUse {
             // One flags field: it lies within a sector.
@@ -24,7 +26,6 @@ extension Image {
             isChanged = true
         }
         if isChanged { try writing.file.flush() }
-        writing.bitmaps.start(bitmaps)
     }
 
     /// Stores the bitmaps of the session; everything else has been committed, and nobody writes.

@@ -30,13 +30,16 @@ struct CacheSlots: ~Copyable, @unchecked Sendable {
     private static var exclusive: UInt64 { 1 << 33 }
     private static var referenced: UInt64 { 1 << 34 }
 
-    init(count wanted: Int, slotByteCount: Int) {
+    init(count wanted: Int, slotByteCount: Int) throws(ImageError) {
+        let purpose = "\(wanted) decompressed clusters"
+        let places = try AtomicArray(count: wanted, for: purpose)
+        let byteCounts = try AtomicArray(count: wanted, for: purpose)
+        states = try AtomicArray(count: wanted, for: purpose)
+        self.places = places
+        self.byteCounts = byteCounts
         slab = wanted == 0 ? nil : calloc(wanted, slotByteCount)
         count = slab == nil ? 0 : wanted
         self.slotByteCount = slotByteCount
-        places = AtomicArray(count: count)
-        byteCounts = AtomicArray(count: count)
-        states = AtomicArray(count: count)
     }
 
     deinit { free(slab) }

@@ -38,10 +38,10 @@ package struct DecompressedCache: ~Copyable, Sendable {
     ///   - byteCount: what the clusters may take, in bytes.  0 turns the cache off; anything else
     ///     is at least two clusters.
     ///   - clusterByteCount: the largest cluster size in the chain, in bytes.
-    package init(byteCount: Int, clusterByteCount: Int) {
+    package init(byteCount: Int, clusterByteCount: Int) throws(ImageError) {
         // `forget` looks at every slot: with tiny clusters the number is the bound, not the bytes.
         let wanted = byteCount <= 0 ? 0 : min(max(2, byteCount / max(1, clusterByteCount)), 8192)
-        slots = CacheSlots(count: wanted, slotByteCount: clusterByteCount)
+        slots = try CacheSlots(count: wanted, slotByteCount: clusterByteCount)
         setCount = max(1, slots.count / 16)
         slotsPerSet = slots.count / setCount
         hands = Monitor(Array(repeating: 0, count: setCount))

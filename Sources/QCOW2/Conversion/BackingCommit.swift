@@ -19,7 +19,7 @@ public enum BackingCommit {
         for file in plan.files.dropFirst() { file.device.close() }
         var chain = OpenedChain(capacity: 1, options: options)
         try Image.open([plan.files[0]], into: &chain)
-        let overlay = Image(chain)
+        let overlay = try Image(chain)
         defer { try? overlay.close() }
         guard plan.files.count > 1 else {
             throw ImageError(.backing("has no backing file to commit to"), file: path)

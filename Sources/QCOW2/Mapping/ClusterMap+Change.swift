@@ -129,12 +129,12 @@ extension ClusterMap {
 
     /// Moves the L1 table to `offset`, where it has `count` entries; the clusters of the old one
     /// lose their reference.  Every range lock is held.
-    package func moveL1Table(to offset: UInt64, count: Int) {
-        state.withLock { state in
+    package func moveL1Table(to offset: UInt64, count: Int) throws(ImageError) {
+        try state.withLock { state throws(ImageError) in
+            let new = try L1Table(entryCount: count, offset: offset, in: file)
+            copyL1Entries(to: new.entries)
             state.dropped.append(joining: l1Clusters)
-            let entries = AtomicArray(count: count)
-            copyL1Entries(to: entries)
-            table.pointee = L1Table(entries: entries, offset: offset)
+            table.pointee = new
             state.hasMoved = true
         }
     }

@@ -38,12 +38,12 @@ extension ClusterMap {
 
     /// Makes `entries` the L1 table, at `offset`, from the next commit on; the clusters of the old
     /// one lose their reference.  Every range lock is held, and nothing is dirty.
-    package func replaceL1Table(by entries: [L1Entry], at offset: UInt64) {
-        state.withLock { state in
+    package func replaceL1Table(by entries: [L1Entry], at offset: UInt64) throws(ImageError) {
+        try state.withLock { state throws(ImageError) in
+            let new = try L1Table(entryCount: entries.count, offset: offset, in: file)
+            Self.store(entries, in: new.entries)
             state.dropped.append(joining: l1Clusters)
-            let array = AtomicArray(count: entries.count)
-            Self.store(entries, in: array)
-            table.pointee = L1Table(entries: array, offset: offset)
+            table.pointee = new
             state.dirtyL1Pages.removeAll()
             state.hasMoved = true
             for slot in 0..<cache.slotCount where cache.slice(in: slot) != nil { cache.clear(slot) }

@@ -33,6 +33,12 @@ package final class ClusterMap: Sendable {
     struct L1Table: ~Copyable {
         let entries: AtomicArray
         let offset: UInt64
+
+        init(entryCount: Int, offset: UInt64, in file: HostFile) throws(ImageError) {
+            entries = try AtomicArray(
+                count: entryCount, for: "an L1 table of \(entryCount) entries", of: file.name)
+            self.offset = offset
+        }
     }
 
     struct State {
@@ -73,9 +79,10 @@ package final class ClusterMap: Sendable {
         clusterMask = header.clusterByteCount &- 1
         hasDataFile = header.hasDataFile
         sliceBits = min(tableBits, 12 &- entryBits)
-        cache = SliceCache(
+        cache = try SliceCache(
             wordBits: Int(sliceBits &+ entryBits &- 3), entryWordBits: Int(entryBits &- 3),
-            byteCount: min(cacheByteCount, max(Int(header.l1EntryCount), 1) << Int(clusterBits)))
+            byteCount: min(cacheByteCount, max(Int(header.l1EntryCount), 1) << Int(clusterBits)),
+            of: file.name)
         state = Monitor(State(marks: Array(repeating: [], count: cache.slotCount)))
         // Read before there is a place for it: `deinit` destroys what stands in that place.
         let read = try ClusterMap.readL1Table(
@@ -85,7 +92,7 @@ package final class ClusterMap: Sendable {
     }
 
     /// A map without entries: the bytes of a raw disk are where they are.
-    package init(ofRawDisk file: HostFile) {
+    package init(ofRawDisk file: HostFile) throws(ImageError) {
         self.file = file
         version = 3
         clusterBits = 16
@@ -96,10 +103,11 @@ package final class ClusterMap: Sendable {
         entryBits = 3
         subclusterBits = 16
         sliceBits = 9
-        cache = SliceCache(wordBits: 0, entryWordBits: 0, byteCount: 0)
+        cache = try SliceCache(wordBits: 0, entryWordBits: 0, byteCount: 0)
         state = Monitor(State(marks: []))
+        let none = try L1Table(entryCount: 0, offset: 0, in: file)
         table = .allocate(capacity: 1)
-        table.initialize(to: L1Table(entries: AtomicArray(count: 0), offset: 0))
+        table.initialize(to: none)
     }
 
     deinit {
@@ -110,9 +118,9 @@ package final class ClusterMap: Sendable {
     private static func readL1Table(
         in file: HostFile, offset: UInt64, count: Int
     ) throws(ImageError) -> L1Table {
-        let entries = AtomicArray(count: count)
-        try read(entries, from: file, at: offset)
-        return L1Table(entries: entries, offset: offset)
+        let table = try L1Table(entryCount: count, offset: offset, in: file)
+        try read(table.entries, from: file, at: offset)
+        return table
     }
 
     private static func read(

@@ -24,18 +24,25 @@ package struct SliceCache: ~Copyable, Sendable {
     private let words: AtomicArray
 
     /// - Parameter byteCount: room for entries, in bytes; at least two sets are made.
-    package init(wordBits: Int, entryWordBits: Int, byteCount: Int) {
-        self.wordBits = wordBits
-        self.entryWordBits = entryWordBits
+    /// - Throws: where the memory cannot be had.
+    package init(wordBits: Int, entryWordBits: Int, byteCount: Int, of file: String = "")
+        throws(ImageError)
+    {
         let slots = byteCount >> (wordBits + 3)
         var bits = 1
         while bits < 24, SliceCache.ways << (bits + 1) <= slots { bits += 1 }
-        setBits = bits
         let slotCount = SliceCache.ways << bits
-        versions = AtomicArray(count: slotCount)
-        keys = AtomicArray(count: slotCount)
-        used = AtomicArray(count: slotCount)
-        words = AtomicArray(count: slotCount << wordBits)
+        let purpose = "a cache of \(slotCount << (wordBits + 3)) bytes of L2 tables"
+        let words = try AtomicArray(count: slotCount << wordBits, for: purpose, of: file)
+        let versions = try AtomicArray(count: slotCount, for: purpose, of: file)
+        let keys = try AtomicArray(count: slotCount, for: purpose, of: file)
+        used = try AtomicArray(count: slotCount, for: purpose, of: file)
+        self.words = words
+        self.versions = versions
+        self.keys = keys
+        self.wordBits = wordBits
+        self.entryWordBits = entryWordBits
+        setBits = bits
     }
 
     package var slotCount: Int { SliceCache.ways << setBits }

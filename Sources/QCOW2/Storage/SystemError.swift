@@ -20,6 +20,7 @@ public struct SystemError: Error, Hashable, Sendable, CustomStringConvertible {
 
     public static let inputOutput = SystemError(code: EIO)
     public static let noSpace = SystemError(code: ENOSPC)
+    public static let noMemory = SystemError(code: ENOMEM)
     public static let readOnly = SystemError(code: EROFS)
     public static let notSupported = SystemError(code: EOPNOTSUPP)
     public static let invalid = SystemError(code: EINVAL)

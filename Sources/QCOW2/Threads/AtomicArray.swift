@@ -8,9 +8,14 @@ package struct AtomicArray: ~Copyable, @unchecked Sendable {
     private let base: UnsafeMutablePointer<Atomic<UInt64>>
     package let count: Int
 
-    package init(count: Int) {
-        precondition(count >= 0 && count < 1 << 40, "a bounded array")
-        guard let memory = calloc(max(count, 1), 8) else { fatalError("out of memory") }
+    /// - Parameters:
+    ///   - purpose: what is kept there, for the words of the error.
+    ///   - file: the image that it is needed for, likewise.
+    /// - Throws: `.system` with ENOMEM where so much memory cannot be had.
+    package init(count: Int, for purpose: String, of file: String = "") throws(ImageError) {
+        guard let memory = calloc(max(count, 1), 8) else {
+            throw ImageError(.system(.noMemory, operation: "memory for \(purpose)"), file: file)
+        }
         base = memory.assumingMemoryBound(to: Atomic<UInt64>.self)
         self.count = count
     }

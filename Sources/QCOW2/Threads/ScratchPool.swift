@@ -1,4 +1,4 @@
-internal import Glibc
+internal import CLinux
 
 /// Buffers for copying clusters, reused: as many as there are threads that copy at one time.
 package struct ScratchPool: ~Copyable, Sendable {
@@ -32,16 +32,9 @@ package struct ScratchPool: ~Copyable, Sendable {
 
 /// A megabyte of zeros that nobody writes to.
 enum ZeroArea {
-    static let byteCount = 1 << 20
+    static let byteCount = Int(QCOWFS_ZERO_AREA_SIZE)
 
-    /// An anonymous mapping: every page of it is the kernel's zero page.
-    nonisolated(unsafe) static let start: UnsafeRawPointer = {
-        let memory = mmap(nil, byteCount, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
-        guard let memory, memory != MAP_FAILED else {
-            fatalError("no memory for a megabyte of zeros")
-        }
-        return UnsafeRawPointer(memory)
-    }()
+    static var start: UnsafeRawPointer { qcowfs_zero_area() }
 
     static var bytes: UnsafeRawBufferPointer {
         UnsafeRawBufferPointer(start: start, count: byteCount)
