@@ -11,15 +11,7 @@ struct BitmapTests {
         judge: (ReferenceReader) throws -> Void
     ) throws {
         let device = RecordingDevice(bytes, yielding: false)
-        let image = try Image.open(device)
-        try body(image, device)
-        try image.close()
-        try device.bytes.withUnsafeBytes { bytes in
-            let reader = try ReferenceReader(bytes)
-            let audit = reader.audit()
-            #expect(audit.faults == [] && audit.leakCount == 0)
-            try judge(reader)
-        }
+        try changeImage(on: device, { try body($0, device) }, judge: judge)
     }
 
     private func bitmaps(of device: RecordingDevice) throws -> [ReferenceReader.Bitmap] {

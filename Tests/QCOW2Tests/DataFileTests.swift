@@ -1,50 +1,10 @@
 import QCOW2
-import Synchronization
 import TestSupport
 import Testing
 
 /// Images whose guest data lies in an external data file.
 @Suite("External data files")
 struct DataFileTests {
-    /// An image and its data file, both empty, on devices in memory.
-    struct Pair {
-        let image = RecordingDevice([], name: "disk.qcow2", yielding: false)
-        let data = RecordingDevice([], name: "disk.raw", yielding: false)
-
-        init(_ byteCount: Int = 1.MiB, raw: Bool, clusterSize: UInt64 = 65536) throws {
-            var options = CreateOptions()
-            options.dataFile = "disk.raw"
-            options.dataFileIsRaw = raw
-            options.clusterByteCount = clusterSize
-            try Image.create(on: image, size: UInt64(byteCount), options: options, dataFile: data)
-        }
-
-        func open(_ options: OpenOptions = OpenOptions()) throws -> Image {
-            try Image.open(image, dataFile: data, options: options)
-        }
-
-        /// Judges the image with the tests' own reader.
-        func judge<Result>(_ body: (ReferenceReader) throws -> Result) throws -> Result {
-            let (image, data) = (image.bytes, data.bytes)
-            return try image.withUnsafeBytes { image in
-                try data.withUnsafeBytes { data in
-                    let reader = try ReferenceReader(image, dataFile: data)
-                    let audit = reader.audit()
-                    #expect(audit.faults == [] && audit.leakCount == 0)
-                    return try body(reader)
-                }
-            }
-        }
-
-        func bytes(_ range: Range<Int>) throws -> [UInt8] {
-            try judge { (reader) throws in try reader.read(range) }
-        }
-
-        func entry(_ cluster: Int) throws -> UInt64 {
-            try judge { try $0.rawEntry(forGuestCluster: cluster, in: $0.active) }
-        }
-    }
-
     /// An image with `entries`, whatever they are, over a data file full of 0xDD.
     private func open(
         _ entries: [Int: UInt64], isRaw: Bool = false, clusterBits: Int = 16,
@@ -64,7 +24,7 @@ struct DataFileTests {
 
     @Test("Guest data lies in the data file at its own offset", arguments: [false, true])
     func identity(raw: Bool) throws {
-        let pair = try Pair(raw: raw)
+        let pair = try DataFilePair(raw: raw)
         let image = try pair.open()
         try image.write([UInt8](repeating: 7, count: 1000), at: 70_000)
         try image.write([8], at: 0)
@@ -141,7 +101,7 @@ struct DataFileTests {
 
     @Test("A discard leaves a zero entry, and no place behind it")
     func discards() throws {
-        let pair = try Pair(raw: false)
+        let pair = try DataFilePair(raw: false)
         let image = try pair.open()
         try image.write([UInt8](repeating: 7, count: 4 * 65536), at: 0)
         try image.flush()
@@ -161,7 +121,7 @@ struct DataFileTests {
     func rawStaysEqual() throws {
         for clusterSize in [512, 4096, 65536] as [UInt64] {
             let byteCount = 256.KiB + 1536
-            let pair = try Pair(byteCount, raw: true, clusterSize: clusterSize)
+            let pair = try DataFilePair(byteCount, raw: true, clusterSize: clusterSize)
             let image = try pair.open()
             var random = RepeatableRandom(seed: TestEnvironment.seed)
             var model = [UInt8](repeating: 0, count: byteCount)
@@ -198,7 +158,7 @@ struct DataFileTests {
         "Growing and shrinking take the data file along, and nothing old comes back",
         arguments: [false, true])
     func resizes(raw: Bool) throws {
-        let pair = try Pair(200_192, raw: raw)
+        let pair = try DataFilePair(200_192, raw: raw)
         let image = try pair.open()
         try image.write([UInt8](repeating: 0xAA, count: 200_192), at: 0)
         try image.resize(to: 100_352, shrinking: true)
@@ -218,7 +178,7 @@ struct DataFileTests {
     @Test("Bytes that lie behind the disk in the data file do not show when it grows")
     func growsOverGarbage() throws {
         for raw in [false, true] {
-            let pair = try Pair(100_352, raw: raw)
+            let pair = try DataFilePair(100_352, raw: raw)
             let garbage = [UInt8](repeating: 0xEE, count: 1.MiB)
             try garbage.withUnsafeBytes { try pair.data.write($0, at: 100_352) }
             let image = try pair.open()
@@ -233,7 +193,7 @@ struct DataFileTests {
 
     @Test("A data file that is too short reads as zeros behind its end, and grows when written")
     func tooShort() throws {
-        let pair = try Pair(raw: true)
+        let pair = try DataFilePair(raw: true)
         try pair.data.resize(to: 70_000)
         let image = try pair.open()
         #expect(try image.bytes(0..<1.MiB).allSatisfy { $0 == 0 })
@@ -244,7 +204,7 @@ struct DataFileTests {
 
     @Test("An image whose data file is not given is refused by a typed error")
     func notGiven() throws {
-        let pair = try Pair(raw: false)
+        let pair = try DataFilePair(raw: false)
         do throws(ImageError) {
             _ = try Image.open(pair.image)
             Issue.record("it was opened")
@@ -274,52 +234,6 @@ struct DataFileTests {
         #expect(file.bytes.number(at: 72, as: UInt64.self) == 4)
     }
 
-    @Test("A sync of the data file that fails ends all writing, to either file")
-    func failedSync() throws {
-        let pair = try Pair(raw: false)
-        // The first sync is that of opening.
-        let data = FaultyDevice(pair.data, FaultyDevice.Fault(.flush, call: 1))
-        let image = try Image.open(pair.image, dataFile: data)
-        try image.write([1], at: 0)
-        let before = pair.image.bytes
-        #expect(throws: ImageError.self) { try image.flush() }
-        #expect(throws: ImageError.self) { try image.write([2], at: 65536) }
-        #expect(throws: ImageError.self) { try image.flush() }
-        #expect(throws: ImageError.self) { try image.close() }
-        #expect(data.failed)
-        // No entry shows what may not be there.
-        let entry = before.withUnsafeBytes { bytes in
-            pair.data.bytes.withUnsafeBytes { data in
-                try? ReferenceReader(bytes, dataFile: data).read(0..<512)
-            }
-        }
-        #expect(entry?.allSatisfy { $0 == 0 } == true)
-    }
-
-    @Test("So does a failed sync of the image")
-    func failedSyncOfTheImage() throws {
-        let pair = try Pair(raw: false)
-        let file = FaultyDevice(pair.image, FaultyDevice.Fault(.flush, call: 1))
-        let image = try Image.open(file, dataFile: pair.data)
-        try image.write([1], at: 0)
-        #expect(throws: ImageError.self) { try image.flush() }
-        #expect(throws: ImageError.self) { try image.write([2], at: 0) }
-        #expect(throws: ImageError.self) { try image.close() }
-        #expect(pair.data.bytes[0] == 1)
-    }
-
-    @Test("A write to the data file that fails exposes nothing")
-    func failedWrite() throws {
-        let pair = try Pair(raw: false)
-        let data = FaultyDevice(
-            pair.data, FaultyDevice.Fault(.write, call: 0, error: .noSpace, lasts: true))
-        let image = try Image.open(pair.image, dataFile: data)
-        #expect(throws: ImageError.self) { try image.write([1], at: 65536) }
-        #expect(try image.bytes(65536..<65537) == [0])
-        try image.close()
-        #expect(try pair.entry(1) == 0)
-    }
-
     @Test("A check counts no cluster of the data file, and says what does not belong there")
     func checks() throws {
         let (_, file, _) = try open([
@@ -335,80 +249,4 @@ struct DataFileTests {
         #expect(check.corruptionCount == 2 && check.leakCount == 0)
         #expect(check.allocatedClusterCount == 3 && check.totalClusterCount == 16)
     }
-
-    // MARK: The order of two files
-
-    @Test("Trap 67: the data file is synced before entries that show it, and at every flush")
-    func orderOfSyncs() throws {
-        let pair = try Pair(raw: false)
-        let log = OrderLog()
-        let image = try Image.open(
-            LoggedDevice(pair.image, "image", log), dataFile: LoggedDevice(pair.data, "data", log))
-        try image.write([1], at: 0)
-        _ = log.take()
-        try image.flush()
-        let steps = log.take()
-        let sync = try #require(steps.firstIndex(of: "data sync"))
-        // Before the data is safe, nothing but counts and new tables; then the L2 and L1 entries.
-        let published = try #require(steps.lastIndex(of: "image write"))
-        #expect(sync < published && steps.last == "image sync", "\(steps)")
-        #expect(steps[..<published].contains("image sync"), "\(steps)")
-
-        // Over data that is mapped already there are no entries, and still two syncs.
-        try image.write([2], at: 100)
-        #expect(log.take() == ["data write"])
-        try image.flush()
-        #expect(log.take() == ["data sync", "image sync"])
-
-        // A discard shows nothing, but whoever waits for it may have written elsewhere.
-        try image.write([3], at: 200)
-        try image.discard(0..<65536)
-        _ = log.take()
-        try image.flush()
-        let order = log.take()
-        #expect(order.first == "data sync" && order.last == "image sync", "\(order)")
-        try image.close()
-    }
-}
-
-/// What several devices were asked for, in order.
-private final class OrderLog: Sendable {
-    private let steps = Mutex<[String]>([])
-    func add(_ step: String) { steps.withLock { $0.append(step) } }
-    func take() -> [String] {
-        steps.withLock { steps in
-            defer { steps = [] }
-            return steps
-        }
-    }
-}
-
-/// A device that writes its name and what it does to a log.
-private final class LoggedDevice: BlockDevice {
-    private let base: any BlockDevice
-    private let word: String
-    private let log: OrderLog
-
-    init(_ base: any BlockDevice, _ word: String, _ log: OrderLog) {
-        (self.base, self.word, self.log) = (base, word, log)
-    }
-
-    var name: String { base.name }
-    var readsZerosPastEnd: Bool { base.readsZerosPastEnd }
-    func byteCount() throws(SystemError) -> UInt64 { try base.byteCount() }
-    func read(into buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) throws(SystemError)
-        -> Int
-    {
-        try base.read(into: buffer, at: offset)
-    }
-    func write(_ bytes: UnsafeRawBufferPointer, at offset: UInt64) throws(SystemError) {
-        try base.write(bytes, at: offset)
-        log.add("\(word) write")
-    }
-    func flush() throws(SystemError) {
-        try base.flush()
-        log.add("\(word) sync")
-    }
-    func resize(to byteCount: UInt64) throws(SystemError) { try base.resize(to: byteCount) }
-    func punchHole(_ range: Range<UInt64>) throws(SystemError) { try base.punchHole(range) }
 }

@@ -32,12 +32,6 @@ struct ReadingTests {
 
     static let inputOutputError: Int32 = 5
 
-    private func raw(_ byte: UInt8, _ count: Int) -> Image.Backing {
-        .raw(
-            RecordingDevice(
-                [UInt8](repeating: byte, count: count), name: "base.raw", yielding: false))
-    }
-
     @Test(
         "Every kind of cluster reads as the format says, at every size and version",
         arguments: [9, 12, 16, 21], [UInt32(2), 3])
@@ -52,7 +46,7 @@ struct ReadingTests {
         }
         image.fill(0x66, guestCluster: 6)
         try expect(
-            image, backing: [raw(0xBB, 9 * size)],
+            image, backing: [rawDisk(0xBB, 9 * size)],
             reads: [
                 (0..<size, 0xBB), (size..<2 * size, 0x11), (2 * size..<3 * size, 0x22),
                 (3 * size..<5 * size, version == 3 ? 0 : 0xBB), (5 * size..<6 * size, 0xBB),
@@ -64,14 +58,14 @@ struct ReadingTests {
     func shorterBacking() throws {
         let image = ImageBuilder(byteCount: 256.KiB)
         try expect(
-            image, backing: [raw(0xBB, 100_001)],
+            image, backing: [rawDisk(0xBB, 100_001)],
             reads: [(0..<100_001, 0xBB), (100_001..<256.KiB, 0)])
     }
 
     @Test("A longer backing file shows only what the overlay's size lets through")
     func longerBacking() throws {
         let image = ImageBuilder(byteCount: 64.KiB)
-        try expect(image, backing: [raw(0xBB, 1.MiB)], reads: [(0..<64.KiB, 0xBB)])
+        try expect(image, backing: [rawDisk(0xBB, 1.MiB)], reads: [(0..<64.KiB, 0xBB)])
     }
 
     @Test("A chain is read through layers of different cluster sizes")
@@ -83,7 +77,7 @@ struct ReadingTests {
         try expect(
             top,
             backing: [
-                .qcow2(RecordingDevice(middle.build(), yielding: false)), raw(0xBB, 128.KiB),
+                .qcow2(RecordingDevice(middle.build(), yielding: false)), rawDisk(0xBB, 128.KiB),
             ],
             reads: [
                 (0..<2048, 0xBB), (2048..<2560, 0x33), (2560..<4096, 0xBB), (4096..<8192, 0x44),

@@ -13,18 +13,13 @@ struct SnapshotTests {
         sourceLocation: SourceLocation = #_sourceLocation
     ) throws {
         let device = RecordingDevice(bytes, yielding: false)
-        let image = try Image.open(device, backing: backing)
-        try body(image)
-        try image.close()
-        try device.bytes.withUnsafeBytes { bytes in
-            let reader = try ReferenceReader(bytes)
-            let audit = reader.audit()
-            #expect(audit.faults == [], sourceLocation: sourceLocation)
-            #expect(audit.leakCount == 0, sourceLocation: sourceLocation)
-            #expect(reader.incompatibleFeatures & 1 == 0, sourceLocation: sourceLocation)
-            #expect(Self.wrongFlags(reader) == [], sourceLocation: sourceLocation)
-            try judge(reader)
-        }
+        try changeImage(
+            on: device, backing: backing, body,
+            judge: { (reader) throws in
+                #expect(reader.incompatibleFeatures & 1 == 0, sourceLocation: sourceLocation)
+                #expect(Self.wrongFlags(reader) == [], sourceLocation: sourceLocation)
+                try judge(reader)
+            }, sourceLocation: sourceLocation)
     }
 
     /// Active entries without COPIED whose target has one reference: legal, but never left behind.

@@ -68,17 +68,13 @@ struct SubclusterReadingTests {
         return image
     }
 
-    private func raw(_ byte: UInt8, _ count: Int) -> Image.Backing {
-        .raw(RecordingDevice([UInt8](repeating: byte, count: count), yielding: false))
-    }
-
     @Test("Every row of the state table reads as it says", arguments: rows, [false, true])
     func stateTable(_ row: Row, hasBacking: Bool) throws {
         for clusterBits in Self.sizes {
             let size = 1 << clusterBits
             let image = try Image.open(
                 bytes: image(row, clusterBits: clusterBits).build(),
-                backing: hasBacking ? [raw(0xBB, 4 * size)] : [], options: .readOnly)
+                backing: hasBacking ? [rawDisk(0xBB, 4 * size)] : [], options: .readOnly)
             defer { try? image.close() }
             #expect(try image.bytes(size - 512..<size).allSatisfy { $0 == 0x11 })
             #expect(try image.bytes(2 * size..<2 * size + 512).allSatisfy { $0 == 0x33 })
@@ -131,7 +127,7 @@ struct SubclusterReadingTests {
         image.setEntry(UInt64(host) | 1 << 63 | 1, guestCluster: 0)
         image.setEntry(1, guestCluster: 1)
         let device = RecordingDevice(image.build(), yielding: false)
-        let opened = try Image.open(device, backing: [raw(0xBB, 1.MiB)])
+        let opened = try Image.open(device, backing: [rawDisk(0xBB, 1.MiB)])
         #expect(try opened.bytes(0..<65536).allSatisfy { $0 == 0x22 })
         #expect(try opened.bytes(65536..<131072).allSatisfy { $0 == 0xBB })
         // Nor does it become one when the entry is written to.
@@ -139,7 +135,7 @@ struct SubclusterReadingTests {
         try opened.write([UInt8](repeating: 8, count: 2048), at: 2048)
         try opened.close()
         let again = try Image.open(
-            bytes: device.bytes, backing: [raw(0xBB, 1.MiB)], options: .readOnly)
+            bytes: device.bytes, backing: [rawDisk(0xBB, 1.MiB)], options: .readOnly)
         #expect(try again.bytes(65536..<67584).allSatisfy { $0 == 7 })
         #expect(try again.bytes(67584..<131072).allSatisfy { $0 == 0xBB })
         #expect(try again.bytes(2048..<4096).allSatisfy { $0 == 8 })
@@ -158,7 +154,7 @@ struct SubclusterReadingTests {
             image.setBitmap(1 << UInt64(bit + 32) | 1 << UInt64(bit), guestCluster: 2)
             image.setBitmap(1 << UInt64(bit), guestCluster: 3)
             let opened = try Image.open(
-                bytes: image.build(), backing: [raw(0xBB, 1.MiB)], options: .readOnly)
+                bytes: image.build(), backing: [rawDisk(0xBB, 1.MiB)], options: .readOnly)
             let first = try opened.bytes(0..<65536)
             let second = try opened.bytes(65536..<131072)
             for index in 0..<32 {
@@ -184,7 +180,7 @@ struct SubclusterReadingTests {
         }
         let bytes = image.build()
         let backed = try Image.open(
-            bytes: bytes, backing: [raw(0xBB, 100_000)], options: .readOnly)
+            bytes: bytes, backing: [rawDisk(0xBB, 100_000)], options: .readOnly)
         #expect(try backed.bytes(0..<100_000).allSatisfy { $0 == 0xBB })
         #expect(try backed.bytes(100_000..<1.MiB).allSatisfy { $0 == 0 })
         #expect(try backed.seekHole(from: 0) == 100_000)
@@ -221,7 +217,7 @@ struct SubclusterReadingTests {
                 }
             }
             let opened = try Image.open(
-                bytes: bytes, backing: [raw(0xBB, 24 * size)], options: .readOnly)
+                bytes: bytes, backing: [rawDisk(0xBB, 24 * size)], options: .readOnly)
             #expect(try opened.bytes(0..<24 * size) == expected)
             for _ in 0..<50 {
                 let start = random.number(below: 24 * size - 1)

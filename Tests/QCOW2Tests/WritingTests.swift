@@ -5,33 +5,9 @@ import Testing
 /// What writing leaves behind, judged by the tests' own reader.
 @Suite("Writing")
 struct WritingTests {
-    /// Writes to the image `builder` makes, closes it, and hands the file to `judge`, which must
-    /// have no fault and no leak.
-    private func change(
-        _ builder: ImageBuilder, backing: [Image.Backing] = [],
-        _ body: (Image) throws -> Void, judge: (ReferenceReader) throws -> Void = { _ in },
-        sourceLocation: SourceLocation = #_sourceLocation
-    ) throws {
-        let device = RecordingDevice(builder.build(), yielding: false)
-        let image = try Image.open(device, backing: backing)
-        try body(image)
-        try image.close()
-        try device.bytes.withUnsafeBytes { bytes in
-            let reader = try ReferenceReader(bytes)
-            let audit = reader.audit()
-            #expect(audit.faults == [], sourceLocation: sourceLocation)
-            #expect(audit.leakCount == 0, sourceLocation: sourceLocation)
-            try judge(reader)
-        }
-    }
-
     private func holds(_ reader: ReferenceReader, _ range: Range<Int>, _ byte: UInt8) throws -> Bool
     {
         try reader.read(range).allSatisfy { $0 == byte }
-    }
-
-    private func raw(_ byte: UInt8, _ count: Int) -> Image.Backing {
-        .raw(RecordingDevice([UInt8](repeating: byte, count: count), yielding: false))
     }
 
     static let layouts: [(Int, Int)] = [9, 12, 16].flatMap { bits in (0...6).map { (bits, $0) } }
@@ -43,7 +19,7 @@ struct WritingTests {
             byteCount: 600 * size, clusterBits: clusterBits, refcountOrder: refcountOrder)
         builder.fill(0x11, guestCluster: 3)
         if refcountOrder > 0 { builder.snapshot("kept") }
-        try change(builder) { image in
+        try changeImage(builder) { image in
             // With 512-byte clusters and wide counts this needs many new refcount blocks.
             for cluster in 0..<600 where cluster % 5 != 4 {
                 try image.write(
@@ -66,7 +42,7 @@ struct WritingTests {
         // 64 counters a block and 64 blocks a table: past 2 MiB the table itself must grow.
         let builder = ImageBuilder(
             byteCount: 6.MiB, clusterBits: 9, refcountOrder: refcountOrder)
-        try change(builder) { image in
+        try changeImage(builder) { image in
             for start in stride(from: 0, to: 6.MiB, by: 256.KiB) {
                 try image.write([UInt8](repeating: 0x42, count: 256.KiB), at: start)
                 try image.flush()
@@ -80,7 +56,7 @@ struct WritingTests {
     func copiesFromBacking() throws {
         let builder = ImageBuilder(byteCount: 1.MiB)
         let device = RecordingDevice(builder.build(), yielding: false)
-        let image = try Image.open(device, backing: [raw(0xBB, 100_000)])
+        let image = try Image.open(device, backing: [rawDisk(0xBB, 100_000)])
         try image.write([1], at: 66_000)
         try image.close()
         try device.bytes.withUnsafeBytes { bytes in
@@ -97,7 +73,7 @@ struct WritingTests {
         builder.zero(guestCluster: 0)
         builder.zeroAllocated(guestCluster: 1, garbage: 0xEE)
         let device = RecordingDevice(builder.build(), yielding: false)
-        let image = try Image.open(device, backing: [raw(0xBB, 1.MiB)])
+        let image = try Image.open(device, backing: [rawDisk(0xBB, 1.MiB)])
         for cluster in 0..<2 {
             try image.write([UInt8](repeating: 7, count: 512), at: cluster * 65536 + 1024)
         }
@@ -119,7 +95,7 @@ struct WritingTests {
         var builder = ImageBuilder(byteCount: 1.MiB)
         builder.compress([UInt8](repeating: 0x5A, count: 65536), guestCluster: 0)
         builder.compress([UInt8](repeating: 0x5B, count: 65536), guestCluster: 1)
-        try change(builder) { image in
+        try changeImage(builder) { image in
             try image.write([9], at: 10)
         } judge: { (reader) throws in
             #expect(try reader.read(9..<12) == [0x5A, 9, 0x5A])
@@ -133,7 +109,7 @@ struct WritingTests {
         for cluster in 0..<8 { builder.fill(UInt8(cluster + 1), guestCluster: cluster) }
         builder.zeroAllocated(guestCluster: 8)
         builder.snapshot("kept")
-        try change(builder) { image in
+        try changeImage(builder) { image in
             try image.write([0xFF], at: 5)
             try image.writeZeroes(65536..<131072, keepingSpace: true)
             try image.write([0xFE], at: 65536 + 7)
@@ -155,7 +131,7 @@ struct WritingTests {
     func discardHidesBacking() throws {
         let builder = ImageBuilder(byteCount: 1.MiB)
         let device = RecordingDevice(builder.build(), yielding: false)
-        let image = try Image.open(device, backing: [raw(0xBB, 1.MiB)])
+        let image = try Image.open(device, backing: [rawDisk(0xBB, 1.MiB)])
         try image.discard(0..<131072)
         #expect(try image.bytes(0..<131072).allSatisfy { $0 == 0 })
         #expect(try image.bytes(131072..<131073) == [0xBB])
@@ -166,7 +142,7 @@ struct WritingTests {
     func zeroesInVersion2() throws {
         let builder = ImageBuilder(byteCount: 1.MiB, version: 2)
         let device = RecordingDevice(builder.build(), yielding: false)
-        let image = try Image.open(device, backing: [raw(0xBB, 1.MiB)])
+        let image = try Image.open(device, backing: [rawDisk(0xBB, 1.MiB)])
         try image.writeZeroes(1000..<200_000)
         try image.close()
         try device.bytes.withUnsafeBytes { bytes in
@@ -174,7 +150,7 @@ struct WritingTests {
             #expect(try holds(reader, 65536..<131072, 0))
             #expect(reader.audit().faults == [])
         }
-        let again = try Image.open(device, backing: [raw(0xBB, 1.MiB)], options: .readOnly)
+        let again = try Image.open(device, backing: [rawDisk(0xBB, 1.MiB)], options: .readOnly)
         #expect(try again.bytes(0..<1000).allSatisfy { $0 == 0xBB })
         #expect(try again.bytes(1000..<200_000).allSatisfy { $0 == 0 })
         #expect(try again.bytes(200_000..<262_144).allSatisfy { $0 == 0xBB })
@@ -185,7 +161,7 @@ struct WritingTests {
     func grows() throws {
         let builder = ImageBuilder(byteCount: 100_352)
         let device = RecordingDevice(builder.build(), yielding: false)
-        let image = try Image.open(device, backing: [raw(0xBB, 1.MiB)])
+        let image = try Image.open(device, backing: [rawDisk(0xBB, 1.MiB)])
         try image.write([1], at: 100_000)
         try image.resize(to: UInt64(512.KiB))
         #expect(image.size == UInt64(512.KiB))
@@ -202,7 +178,7 @@ struct WritingTests {
     func shrinks() throws {
         var builder = ImageBuilder(byteCount: 1.MiB)
         for cluster in 0..<16 { builder.fill(0xAA, guestCluster: cluster) }
-        try change(builder) { image in
+        try changeImage(builder) { image in
             #expect(throws: ImageError.self) { try image.resize(to: 100_352) }
             try image.resize(to: 100_352, shrinking: true)
             try image.resize(to: UInt64(1.MiB))

@@ -3,7 +3,7 @@ package import QCOW2
 internal import Synchronization
 
 /// A device whose n-th call of a kind fails, once or from then on.
-package final class FaultyDevice: BlockDevice {
+package final class FaultyDevice: ForwardingDevice {
     package enum Kind: Sendable, CaseIterable { case read, write, flush, punch, resize }
 
     package struct Fault: Sendable {
@@ -25,7 +25,7 @@ package final class FaultyDevice: BlockDevice {
         }
     }
 
-    private let base: any BlockDevice
+    package let base: any BlockDevice
     private let fault: Fault
     private let calls = Mutex<[Kind: Int]>([:])
     private let hasFailed = Atomic(false)
@@ -36,8 +36,6 @@ package final class FaultyDevice: BlockDevice {
 
     /// Whether the fault has happened.
     package var failed: Bool { hasFailed.load(ordering: .acquiring) }
-    package var name: String { base.name }
-    package var readsZerosPastEnd: Bool { base.readsZerosPastEnd }
 
     private func isDue(_ kind: Kind) -> Bool {
         let number = calls.withLock { calls in
@@ -48,8 +46,6 @@ package final class FaultyDevice: BlockDevice {
         if due { hasFailed.store(true, ordering: .releasing) }
         return due
     }
-
-    package func byteCount() throws(SystemError) -> UInt64 { try base.byteCount() }
 
     package func read(
         into buffer: UnsafeMutableRawBufferPointer, at offset: UInt64
@@ -80,13 +76,5 @@ package final class FaultyDevice: BlockDevice {
     package func punchHole(_ range: Range<UInt64>) throws(SystemError) {
         if isDue(.punch) { throw fault.error }
         try base.punchHole(range)
-    }
-
-    package func nextData(from offset: UInt64) throws(SystemError) -> UInt64? {
-        try base.nextData(from: offset)
-    }
-
-    package func nextHole(from offset: UInt64) throws(SystemError) -> UInt64 {
-        try base.nextHole(from: offset)
     }
 }

@@ -205,26 +205,14 @@ final class NotedClient {
 }
 
 /// A disk that takes its time before it punches a hole.
-private final class SlowPunchDevice: BlockDevice {
-    private let base: RAMDisk
+private final class SlowPunchDevice: ForwardingDevice {
+    let base: any BlockDevice
     private let punches = Atomic(0)
 
     init(_ base: RAMDisk) { self.base = base }
 
     var punchCount: Int { punches.load(ordering: .relaxed) }
-    var name: String { base.name }
     var readsZerosPastEnd: Bool { true }
-    func byteCount() throws(SystemError) -> UInt64 { try base.byteCount() }
-    func flush() throws(SystemError) { try base.flush() }
-    func resize(to byteCount: UInt64) throws(SystemError) { try base.resize(to: byteCount) }
-
-    func read(
-        into buffer: UnsafeMutableRawBufferPointer, at offset: UInt64
-    ) throws(SystemError) -> Int { try base.read(into: buffer, at: offset) }
-
-    func write(_ bytes: UnsafeRawBufferPointer, at offset: UInt64) throws(SystemError) {
-        try base.write(bytes, at: offset)
-    }
 
     func punchHole(_ range: Range<UInt64>) throws(SystemError) {
         punches.add(1, ordering: .relaxed)

@@ -18,6 +18,23 @@ func expectSound(
         sourceLocation: sourceLocation)
 }
 
+/// Opens the image on `device` for as long as `body` runs.
+func opened(_ device: RecordingDevice, _ body: (Image) throws -> Void) throws {
+    let image = try Image.open(device)
+    try body(image)
+    try image.close()
+}
+
+/// An image of which every other cluster is filled.
+func filled(_ byteCount: Int, clusterBits: Int, refcountOrder: Int = 4) -> ImageBuilder {
+    var builder = ImageBuilder(
+        byteCount: byteCount, clusterBits: clusterBits, refcountOrder: refcountOrder)
+    for cluster in stride(from: 0, to: builder.guestClusterCount, by: 2) {
+        builder.fill(UInt8(cluster & 0x7F) + 1, guestCluster: cluster)
+    }
+    return builder
+}
+
 /// A raw disk full of one byte, to lie below an image.
 func rawDisk(_ byte: UInt8, _ count: Int) -> Image.Backing {
     .raw(
