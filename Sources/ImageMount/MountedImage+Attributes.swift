@@ -10,7 +10,7 @@ package struct ImageAttributes: Sendable {
     package var blockCount: UInt64
     /// Bytes a program should read or write at once.
     package var preferredByteCount: UInt64
-    var times: ImageFile.Times?
+    var times: ImageFiles.Times?
 }
 
 /// What `statfs` tells of the exposed file.
@@ -29,7 +29,7 @@ extension MountedImage {
             size: size,
             blockCount: min(image.allocatedByteCount, size) / 512,
             preferredByteCount: min(max(cluster, 64 << 10), 1 << 20),
-            times: file?.times)
+            times: files.times)
     }
 
     package borrowing func space() -> SpaceReport {

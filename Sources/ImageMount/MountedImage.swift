@@ -11,8 +11,8 @@ package struct MountedImage: ~Copyable, Sendable {
     /// What messages call the image.
     package let path: String
     let rules: FileRules
-    /// Times of the file that takes the writes; nil for an image on something else than a file.
-    let file: ImageFile?
+    /// What takes the writes.
+    let files: ImageFiles
     /// Each trouble is told once, however often a client runs into it.
     let log: TroubleLog
 
@@ -23,20 +23,22 @@ package struct MountedImage: ~Copyable, Sendable {
         self.image = image
         self.path = path
         self.rules = rules
-        file = ImageFile(writtenFile ?? path)
+        files = ImageFiles(Set([writtenFile ?? path] + image.dataFiles.prefix(1)).sorted())
         log = TroubleLog(logger)
     }
 
     /// A snapshot of the image, with the same names and rules.
     borrowing func sharing(_ view: Image) -> MountedImage {
-        MountedImage(view, path: path, rules: rules, log: log)
+        MountedImage(view, path: path, rules: rules, files: files, log: log)
     }
 
-    private init(_ image: Image, path: String, rules: FileRules, log: TroubleLog) {
+    private init(
+        _ image: Image, path: String, rules: FileRules, files: ImageFiles, log: TroubleLog
+    ) {
         self.image = image
         self.path = path
         self.rules = rules
-        file = ImageFile(path)
+        self.files = files
         self.log = log
     }
 

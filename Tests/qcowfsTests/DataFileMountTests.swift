@@ -254,4 +254,24 @@ struct DataFileMountTests {
         #expect(try TestFile(data, O_RDONLY).read(0..<4096).allSatisfy { $0 == 0 })
         #expect(try Command.shell("ls -A \(folder.path)") == "disk.data\ndisk.qcow2\n")
     }
+
+    @Test("A write that only the data file sees moves the disk's time", arguments: [false, true])
+    func times(isRaw: Bool) throws {
+        try make(Fixture(options: isRaw ? ["data_file_raw=on"] : []))
+        let mount = try TestMount(image, in: folder)
+        do {
+            let file = try mount.open()
+            try file.write([1], at: 0)
+            try file.sync()
+            var past = [timespec](repeating: timespec(tv_sec: 1_000_000_000, tv_nsec: 0), count: 2)
+            for path in [image, data] { try #require(utimensat(AT_FDCWD, path, &past, 0) == 0) }
+            #expect(try eventually { try file.status().st_mtim.tv_sec == 1_000_000_000 })
+            try file.write([2], at: 0)
+            try file.sync()
+            let expected = try TestFile(data, O_RDONLY).status().st_mtim.tv_sec
+            #expect(expected > 1_000_000_000)
+            #expect(try eventually { try file.status().st_mtim.tv_sec == expected })
+        }
+        try mount.unmount()
+    }
 }
