@@ -90,6 +90,70 @@ struct BitmapTests {
         }
     }
 
+    @Test(
+        "Going back to a snapshot marks the whole disk in the enabled bitmaps, at its size then",
+        arguments: [1.MiB, 2.MiB, 3.MiB - 512])
+    func marksApplication(byteCount: Int) throws {
+        var builder = ImageBuilder(byteCount: 2.MiB, clusterBits: 12)
+        builder.bitmap("fine", granularityBits: 9, bits: [1])
+        builder.bitmap("coarse", granularityBits: 20)
+        builder.bitmap("off", flags: 0, bits: [0xff, 0xff, 0xff, 0xff])
+        try use(builder.build()) { image, _ in
+            try image.resize(to: UInt64(byteCount), shrinking: true)
+            try image.createSnapshot("kept")
+            try image.resize(to: UInt64(2.MiB), shrinking: true)
+            try image.applySnapshot("kept")
+        } judge: { (reader) throws in
+            let bitmaps = try reader.bitmaps()
+            #expect(reader.byteCount == byteCount)
+            #expect(bitmaps.map(\.flags) == [2, 2, 0])
+            #expect(bitmaps[0].marked == Array(0..<byteCount / 512))
+            #expect(bitmaps[1].marked == Array(0..<(byteCount + 1.MiB - 1) / 1.MiB))
+            #expect(bitmaps[2].marked == Array(0..<min(byteCount, 2.MiB) / 65536))
+        }
+    }
+
+    @Test("Making and deleting snapshots marks nothing")
+    func marksNoSnapshots() throws {
+        var builder = ImageBuilder(byteCount: 1.MiB)
+        for cluster in 0..<16 { builder.fill(1, guestCluster: cluster) }
+        builder.bitmap("records", bits: [0b1000])
+        try use(builder.build()) { image, _ in
+            try image.createSnapshot("a")
+            try image.createSnapshot("b")
+            try image.deleteSnapshot("a")
+        } judge: { (reader) throws in
+            #expect(try reader.bitmaps().map(\.marked) == [[3]])
+        }
+    }
+
+    @Test("A snapshot of another size is not applied where a bitmap could not follow")
+    func refusesApplication() throws {
+        var builder = ImageBuilder(byteCount: 1.MiB)
+        builder.bitmap("lost")
+        var bytes: [UInt8] = []
+        try use(builder.build()) { image, _ in
+            try image.createSnapshot("smaller")
+            try image.resize(to: UInt64(2.MiB))
+            try image.createSnapshot("same")
+        } judge: { (reader) throws in
+            bytes = Array(reader.bytes)
+            let place = try #require(try reader.bitmapsExtension()).number(at: 16, as: UInt64.self)
+            bytes.put(UInt32(3), at: Int(place) + 12)
+        }
+        try use(bytes) { image, _ in
+            try image.applySnapshot("same")
+            #expect {
+                try image.applySnapshot("smaller")
+            } throws: {
+                "\($0)".contains("'lost'") && "\($0)".contains("--remove")
+            }
+        } judge: { (reader) throws in
+            #expect(reader.byteCount == 2.MiB)
+            #expect(try reader.bitmaps().map(\.flags) == [3])
+        }
+    }
+
     @Test("A disk with an inconsistent bitmap keeps its size")
     func refusesResize() throws {
         var builder = ImageBuilder(byteCount: 1.MiB)
