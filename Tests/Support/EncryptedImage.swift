@@ -20,8 +20,7 @@ package struct EncryptedImage: Sendable {
 
     /// What stands for the path behind `--image-opts`.
     package var options: String {
-        var words = ["driver=qcow2", "file.filename=\(path)"]
-        if isEncrypted { words += ["encrypt.format=\(format)", "encrypt.key-secret=top"] }
+        var words = [optionsAlone]
         for (index, below) in encryptedBelow.enumerated() {
             words += [
                 "\(below.place).encrypt.format=\(below.format)",
@@ -29,6 +28,12 @@ package struct EncryptedImage: Sendable {
             ]
         }
         return words.joined(separator: ",")
+    }
+
+    /// The same for a command that opens no file below.
+    private var optionsAlone: String {
+        "driver=qcow2,file.filename=\(path)"
+            + (isEncrypted ? ",encrypt.format=\(format),encrypt.key-secret=top" : "")
     }
 
     private func secret(_ name: String, _ passphrase: String) -> [String] {
@@ -110,9 +115,17 @@ package struct EncryptedImage: Sendable {
         return result.status == 0 ? nil : result.description
     }
 
-    package func snapshot(create name: String) throws {
+    /// - Parameter flag: `-c`, `-a` or `-d`.
+    package func snapshot(_ flag: String, _ name: String) throws {
         try Command.require(
-            ["qemu-img", "snapshot", "-q"] + secrets + ["--image-opts", "-c", name, options])
+            ["qemu-img", "snapshot", "-q"] + secrets + ["--image-opts", flag, name, options])
+    }
+
+    /// Changes a bitmap as `words`, the last one its name, tell `qemu-img bitmap`.
+    package func bitmap(_ words: String...) throws {
+        try Command.require(
+            ["qemu-img", "bitmap"] + secrets + ["--image-opts"] + words.dropLast()
+                + [optionsAlone, words[words.count - 1]])
     }
 
     /// Opens one more key slot.

@@ -89,4 +89,45 @@ package enum QemuImg {
         }
         return ranges
     }
+
+    /// What qemu-img info tells of an image.
+    package struct Info: Decodable, Sendable {
+        package struct Snapshot: Decodable, Sendable { package let name: String }
+
+        package struct Bitmap: Decodable, Sendable {
+            package let name: String
+            package let granularity: Int
+            /// Ascending.
+            package let flags: [String]
+
+            package init(from decoder: any Decoder) throws {
+                let all = try decoder.container(keyedBy: CodingKeys.self)
+                name = try all.decode(String.self, forKey: .name)
+                granularity = try all.decode(Int.self, forKey: .granularity)
+                flags = try all.decode([String].self, forKey: .flags).sorted()
+            }
+
+            private enum CodingKeys: String, CodingKey { case name, granularity, flags }
+        }
+
+        package let byteCount: Int
+        package var snapshots: [Snapshot] { allSnapshots ?? [] }
+        package var bitmaps: [Bitmap] { specific.data.bitmaps ?? [] }
+
+        private let allSnapshots: [Snapshot]?
+        private let specific: Specific
+
+        private struct Specific: Decodable, Sendable { let data: Facts }
+        private struct Facts: Decodable, Sendable { let bitmaps: [Bitmap]? }
+        private enum CodingKeys: String, CodingKey {
+            case byteCount = "virtual-size"
+            case allSnapshots = "snapshots"
+            case specific = "format-specific"
+        }
+    }
+
+    package static func info(_ path: String) throws -> Info {
+        let json = try Command.require("qemu-img", "info", "-U", "--output=json", path)
+        return try JSONDecoder().decode(Info.self, from: Data(json.utf8))
+    }
 }

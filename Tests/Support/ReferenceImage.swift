@@ -47,12 +47,14 @@ package final class ReferenceImage {
         }
     }
 
-    /// Fills `buffer` with guest bytes from `offset` on; zeros past the end of the disk.
+    /// Fills `buffer` with guest bytes from `offset` on; zeros past the end of the disk.  A
+    /// snapshot, which `table` maps, may be larger than the disk.
     package func read(
         into buffer: UnsafeMutableRawBufferPointer, at offset: Int,
         through table: ReferenceReader.L1Table? = nil
     ) throws(ReferenceReader.Fault) {
-        let end = reader?.byteCount ?? mapping.bytes.count
+        let end =
+            table == nil ? reader?.byteCount ?? mapping.bytes.count : offset + buffer.count
         let count = max(0, min(buffer.count, end - offset))
         let inside = UnsafeMutableRawBufferPointer(rebasing: buffer[..<count])
         UnsafeMutableRawBufferPointer(rebasing: buffer[count...]).fillZero()

@@ -26,6 +26,7 @@ extension ReferenceReader {
         walk(active, "active", &audit)
         walkSnapshots(&audit)
         walkBitmaps(&audit)
+        walkKeys(&audit)
         compare(&audit)
         return audit
     }
@@ -163,6 +164,17 @@ extension ReferenceReader {
             let extraLength = Int(bytes.number(at: position + 20, as: UInt32.self))
             position += (24 + extraLength + nameLength + 7) / 8 * 8
         }
+    }
+
+    /// The header of LUKS, with its key slots.
+    private func walkKeys(_ audit: inout Audit) {
+        guard let list = try? extensions(),
+            let keys = list.first(where: { $0.type == 0x0537_be77 }), keys.data.count == 16
+        else { return }
+        let offset = Int(truncatingIfNeeded: keys.data.number(at: 0, as: UInt64.self))
+        let byteCount = Int(truncatingIfNeeded: keys.data.number(at: 8, as: UInt64.self))
+        guard isAligned(offset, "the LUKS header", &audit) else { return }
+        refer(to: offset..<offset + byteCount, "the LUKS header", &audit)
     }
 
     private func compare(_ audit: inout Audit) {

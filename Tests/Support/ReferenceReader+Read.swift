@@ -20,6 +20,7 @@ extension ReferenceReader {
             case .unallocated:
                 if let backing { try backing(position, part) } else { part.fillZero() }
             case .zeroPlain, .zeroAllocated: part.fillZero()
+            case .normal where isEncrypted: throw Fault("encrypted data is not read here")
             case .normal(let host): copy(from: host + within, into: part)
             case .compressed(let host, let byteCount):
                 try inflate(host, byteCount, from: within, into: part)

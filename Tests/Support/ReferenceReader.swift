@@ -48,6 +48,8 @@ package struct ReferenceReader {
     package let version: UInt32
     package let clusterBits: Int
     package let byteCount: Int
+    /// Whether guest data is: this reader sees the metadata alone.
+    package let isEncrypted: Bool
     package let active: L1Table
     package let refcountTableOffset: Int
     package let refcountTableClusters: Int
@@ -97,7 +99,7 @@ package struct ReferenceReader {
         clusterBits = Int(field(20, UInt32.self))
         guard (9...21).contains(clusterBits) else { throw Fault("cluster bits \(clusterBits)") }
         byteCount = try offset(24) / 512 * 512
-        guard field(32, UInt32.self) == 0 else { throw Fault("encryption is not read here") }
+        isEncrypted = field(32, UInt32.self) != 0
         active = L1Table(
             offset: try offset(40), entryCount: Int(field(36, UInt32.self)), isActive: true)
         refcountTableOffset = try offset(48)

@@ -29,20 +29,7 @@ struct BitmapTests {
 
     /// Names with their flags, as QEMU lists them.
     private func listing(_ image: String? = nil) throws -> [String: [String]] {
-        struct Info: Decodable {
-            struct Specific: Decodable { let data: Facts }
-            struct Facts: Decodable { let bitmaps: [Bitmap]? }
-            struct Bitmap: Decodable {
-                let name: String
-                let flags: [String]
-            }
-            enum CodingKeys: String, CodingKey { case specific = "format-specific" }
-            let specific: Specific
-        }
-        let json = try Command.require(
-            "qemu-img", "info", "-U", "--output=json", image ?? self.image)
-        let info = try JSONDecoder().decode(Info.self, from: Data(json.utf8))
-        let pairs = (info.specific.data.bitmaps ?? []).map { ($0.name, $0.flags.sorted()) }
+        let pairs = try QemuImg.info(image ?? self.image).bitmaps.map { ($0.name, $0.flags) }
         return Dictionary(uniqueKeysWithValues: pairs)
     }
 

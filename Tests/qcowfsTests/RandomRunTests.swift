@@ -2,96 +2,95 @@ import Glibc
 import TestSupport
 import Testing
 
-/// Every kind of plain image through a real mount, beside a model.
-@Suite("Random run", .serialized)
+/// Every kind of image through a real mount, beside a model.
+@Suite("Random run", .serialized, .enabledWhereMountable)
 struct RandomRunTests {
-    @Test(
-        "A disk used by several threads equals its model", .enabledWhereMountable,
-        arguments: Combination.allowed)
-    func equalsModel(_ combination: Combination) throws {
-        let seed = TestEnvironment.seed
+    /// Runs, and tells what is needed to run the same once more.
+    private func run(
+        _ combination: Combination, seed offset: UInt64 = 0, changesStructure: Bool = false,
+        options: [String] = [], roundCount: Int? = nil
+    ) {
+        let seed = TestEnvironment.seed + offset
         do {
-            try RandomRun(combination: combination, seed: seed).run()
-        } catch {
-            Issue.record("\(combination.testDescription), seed \(seed): \(error)")
-        }
-    }
-
-    @Test(
-        "So does a disk with subclusters", .enabledWhereMountable,
-        arguments: Combination.extended)
-    func equalsModelWithSubclusters(_ combination: Combination) throws {
-        let seed = TestEnvironment.seed + 3
-        do {
-            try RandomRun(combination: combination, seed: seed).run()
-        } catch {
-            Issue.record("\(combination.testDescription), seed \(seed): \(error)")
-        }
-    }
-
-    @Test(
-        "So does a disk mounted with --writeback on", .enabledWhereMountable,
-        arguments: Combination.allowed.filter { $0.refcountBits == 16 && $0.version == 3 })
-    func equalsModelWithWriteback(_ combination: Combination) throws {
-        let seed = TestEnvironment.seed + 1
-        do {
-            var run = RandomRun(combination: combination, seed: seed)
-            run.mountOptions = ["--writeback", "on"]
-            run.roundCount = 1
+            let run = try RandomRun(combination, seed: seed, changesStructure: changesStructure)
+            run.mountOptions = options
+            run.roundCount = roundCount ?? run.roundCount
             try run.run()
         } catch {
-            Issue.record("\(combination.testDescription), seed \(seed): \(error)")
+            Issue.record("\(options) \(combination.testDescription), seed \(seed): \(error)")
         }
+    }
+
+    @Test(
+        "A disk used by several threads equals its model", arguments: Combination.allowed)
+    func equalsModel(_ combination: Combination) { run(combination) }
+
+    @Test("So does a disk with subclusters", arguments: Combination.extended)
+    func equalsModelWithSubclusters(_ combination: Combination) { run(combination, seed: 3) }
+
+    @Test("So does a disk with a data file; a raw one too", arguments: Combination.withDataFile)
+    func equalsModelWithDataFile(_ combination: Combination) { run(combination) }
+
+    @Test("So does an encrypted disk", arguments: Combination.encrypted)
+    func equalsModelEncrypted(_ combination: Combination) { run(combination, seed: 37) }
+
+    @Test("Bitmaps mark exactly what several threads changed", arguments: Combination.withBitmaps)
+    func bitmapsMarkChanges(_ combination: Combination) { run(combination, seed: 3) }
+
+    @Test(
+        """
+        A disk, its snapshots and bitmaps equal their models while snapshots are made, applied and \
+        deleted and the disk grows and shrinks
+        """, arguments: Combination.changing)
+    func equalsModelWhileStructureChanges(_ combination: Combination) {
+        run(combination, seed: 5, changesStructure: true)
+    }
+
+    // MARK: Mounted otherwise
+
+    @Test(
+        "A disk mounted with --writeback on equals its model",
+        arguments: Combination.allowed.filter { $0.refcountBits == 16 && $0.version == 3 })
+    func equalsModelWithWriteback(_ combination: Combination) {
+        run(combination, seed: 1, options: ["--writeback", "on"], roundCount: 1)
     }
 
     @Test(
         "So does a disk mounted with little memory, two threads, or past the page cache",
-        .enabledWhereMountable,
         arguments: [
             ["--cache-size", "1M", "--threads", "2"], ["--direct"],
             ["--direct", "--writeback", "on"], ["--commit-interval", "1", "--cache-size", "1M"],
-        ], [Combination.Content.chainOfFive, .zstd, .snapshots])
-    func equalsModelWithOptions(options: [String], content: Combination.Content) throws {
-        for clusterSize in [512, 65536] {
-            let combination = Combination(
-                clusterSize: clusterSize, version: 3, refcountBits: 16, content: content)
-            var run = RandomRun(combination: combination, seed: TestEnvironment.seed + 2)
-            run.mountOptions = options
-            do { try run.run() } catch {
-                Issue.record("\(options), \(combination.testDescription): \(error)")
-            }
-        }
+        ],
+        [512, 65536].flatMap { size in
+            [
+                Combination(clusterSize: size, content: .chainOfFive),
+                Combination(clusterSize: size, content: .zstd),
+                Combination(clusterSize: size, hasSnapshots: true),
+            ]
+        })
+    func equalsModelWithOptions(options: [String], combination: Combination) {
+        run(combination, seed: 2, options: options)
     }
 
     @Test(
-        "The judge of these runs notices one changed byte", .enabledWhereMountable,
+        "So does a disk with a data file, with write-back, little memory or past the page cache",
         arguments: [
-            Combination.Content.plain, .snapshots,
-        ])
-    func judgeNotices(_ content: Combination.Content) throws {
-        var run = RandomRun(
-            combination: Combination(
-                clusterSize: 4096, version: 3, refcountBits: 16, content: content),
-            seed: TestEnvironment.seed)
-        run.roundCount = 1
-        run.tamper = { image in
-            // A host cluster that holds guest data, found by the tests' own reader.
-            let host = try Self.dataCluster(of: image)
-            let file = try TestFile(image, O_RDWR)
-            let byte = try file.read(host..<host + 1)
-            try file.write([byte[0] ^ 0xFF], at: host)
-        }
-        #expect(throws: RandomRun.Difference.self) { try run.run() }
+            ["--direct"], ["--writeback", "on"], ["--commit-interval", "1", "--cache-size", "1M"],
+        ], Combination.withDataFile.filter { $0.clusterSize == 4096 })
+    func equalsModelWithDataFileAndOptions(options: [String], combination: Combination) {
+        run(combination, seed: 3, options: options)
     }
 
-    private static func dataCluster(of image: String) throws -> Int {
-        let reader = try ReferenceImage(image).qcow2
-        for cluster in 0..<reader.byteCount / reader.clusterSize {
-            let raw = try reader.rawEntry(forGuestCluster: cluster, in: reader.active)
-            if case .normal(let host) = try reader.entry(raw) { return host }
-        }
-        throw RandomRun.Difference(description: "no data to tamper with")
+    @Test(
+        "So does an encrypted one, past the page cache or with writes kept back",
+        arguments: [["--direct"], ["--writeback", "on"]])
+    func equalsModelEncryptedWithOptions(options: [String]) {
+        let combination = Combination(
+            clusterSize: 65536, content: .encryptedBacking, encryption: .aes)
+        run(combination, seed: 38, options: options)
     }
+
+    // MARK: What there is not
 
     @Test("The format excludes what the random runs leave out")
     func exclusions() {
@@ -103,21 +102,43 @@ struct RandomRunTests {
         print(
             "• \(Combination.allowed.count) combinations; left out: "
                 + Set(excluded.compactMap(\.exclusion)).sorted().joined(separator: "; "))
+        for list in [
+            Combination.extended, Combination.withDataFile, Combination.encrypted,
+            Combination.withBitmaps, Combination.changing,
+        ] {
+            #expect(list.compactMap(\.exclusion) == [])
+            #expect(Set(list).count == list.count, "one of them comes twice")
+        }
     }
 
-    @Test("QEMU refuses what the random runs leave out", .enabledWhereMountable)
-    func qemuAgrees() throws {
+    @Test(
+        "QEMU refuses what the random runs leave out",
+        arguments: [
+            Combination(clusterSize: 4096, version: 2, refcountBits: 8),
+            Combination(clusterSize: 4096, version: 2, content: .zstd),
+            Combination(clusterSize: 65536, version: 2, isExtended: true),
+            Combination(clusterSize: 4096, version: 2, dataFile: .plain),
+            Combination(clusterSize: 4096, version: 2, hasBitmaps: true),
+            Combination(clusterSize: 4096, isExtended: true),
+            Combination(clusterSize: 4096, refcountBits: 1, hasSnapshots: true),
+            Combination(clusterSize: 4096, dataFile: .plain, hasSnapshots: true),
+            Combination(clusterSize: 65536, content: .zlib, dataFile: .plain, encryption: .aes),
+            Combination(clusterSize: 4096, content: .shorterRawBacking, dataFile: .raw),
+        ])
+    func qemuAgrees(_ combination: Combination) throws {
+        #expect(combination.exclusion != nil)
         let folder = try TemporaryDirectory()
-        for options in [
-            ["compat=0.10", "refcount_bits=8"], ["compat=0.10", "compression_type=zstd"],
-        ] {
-            #expect(throws: Command.Failure.self) {
-                try QemuImg.create(folder.file("no.qcow2"), size: 1.MiB, options: options)
-            }
-        }
-        let narrow = folder.file("narrow.qcow2")
-        try QemuImg.create(narrow, size: 1.MiB, options: ["refcount_bits=1"])
-        try QemuImg.io(narrow, ["write -P 1 0 64k"])
-        #expect(throws: Command.Failure.self) { try QemuImg.snapshot(narrow, create: "no") }
+        #expect(throws: Command.Failure.self) { try combination.prepare(in: folder, seed: 1) }
+    }
+
+    @Test("So does the program, where it is asked for another size or a snapshot of such an image")
+    func programAgrees() throws {
+        let folder = try TemporaryDirectory()
+        let image = folder.file("disk.qcow2")
+        try QemuImg.create(image, size: 1.MiB, options: ["data_file=\(folder.file("data"))"])
+        expectRefusal(try qcowfs("snapshot", "-c", "a", image), naming: "data file")
+        try makeImage(image, size: 1.MiB, options: ["compat=0.10"], commands: [])
+        try QemuImg.snapshot(image, create: "a")
+        expectRefusal(try qcowfs("resize", image, "2M"), naming: "version 2", "snapshots")
     }
 }
