@@ -207,4 +207,53 @@ struct SnapshotMountTests {
         #expect(try holds(kept, 0..<4096, 0xA1) && holds(disk, 0..<4096, 9))
         withExtendedLifetime((kept, disk)) {}
     }
+
+    @Test(
+        "Snapshots with subclusters, or encrypted, stay what they were while the disk is written",
+        arguments: [
+            Combination(
+                clusterSize: 65536, content: .qcow2Backing, isExtended: true, hasSnapshots: true),
+            Combination(clusterSize: 65536, encryption: .aes, hasSnapshots: true),
+            Combination(
+                clusterSize: 16384, isExtended: true, encryption: .twofish, hasSnapshots: true),
+        ])
+    func otherKinds(_ combination: Combination) throws {
+        let folder = try TemporaryDirectory()
+        let prepared = try combination.prepare(in: folder, seed: TestEnvironment.seed)
+        let image = prepared.image
+        let passphrase = try folder.write(Array(image.passphrase.utf8), to: "passphrase")
+        let mount = try TestMount(
+            image.path, in: folder,
+            options: ["--snapshots"] + (image.isEncrypted ? ["--passphrase-file", passphrase] : []))
+        #expect(
+            try names(mount) == [
+                "disk.raw", "disk@first.raw", "disk@second.raw", "disk@third.raw",
+            ])
+        do {
+            let file = try mount.open()
+            try file.write([UInt8](repeating: 0x11, count: 70_000), at: 5000)
+            try snapshot("-c", "made", image.path)
+            // Less than a subcluster has, and a hole.
+            try file.write([UInt8](repeating: 0x22, count: 100), at: 5100)
+            try file.punch(20_000..<60_000)
+            for (name, model) in prepared.snapshots {
+                let kept = try TestFile(mount.mountpoint + "/disk@\(name).raw", O_RDONLY)
+                #expect(try kept.read(0..<model.byteCount).elementsEqual(model.bytes))
+            }
+            let made = try TestFile(mount.mountpoint + "/disk@made.raw", O_RDONLY)
+            #expect(try holds(made, 5000..<75_000, 0x11))
+            #expect(try holds(file, 5100..<5200, 0x22) && holds(file, 20_000..<60_000, 0))
+            try snapshot("-a", "made", image.path)
+            #expect(try holds(file, 5000..<75_000, 0x11))
+        }
+        #expect(
+            try eventually { try qcowfs("snapshot", "-d", "first", image.path).status == 0 })
+        try mount.unmount()
+        #expect(try image.check().status == 0)
+        for name in ["second", "third"] {
+            let theirs = try image.disk(in: folder, snapshot: name)
+            let ours = try #require(prepared.snapshots[name])
+            #expect(theirs.bytes.elementsEqual(ours.bytes))
+        }
+    }
 }
