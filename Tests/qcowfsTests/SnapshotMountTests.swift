@@ -180,6 +180,30 @@ struct SnapshotMountTests {
         #expect(try QemuImg.check(image).status == 0)
     }
 
+    @Test(
+        "Whoever asks for another size finds it at once, beside busy writers too",
+        arguments: [[], ["--writeback", "on"]])
+    func sizeAtOnce(options: [String]) throws {
+        let folder = try TemporaryDirectory()
+        let image = folder.file("disk.qcow2")
+        try makeImage(image, size: 64.MiB)
+        let mount = try TestMount(image, in: folder, options: options)
+        try onThreads(4) { index in
+            let file = try mount.open()
+            if index == 0 {
+                for round in 1...8 {
+                    try Command.require(TestEnvironment.program, "resize", image, "+16M")
+                    #expect(try file.byteCount() == 64.MiB + round * 16.MiB)
+                }
+            } else {
+                let bytes = [UInt8](repeating: 7, count: 8.MiB)
+                for round in 0..<24 { try file.write(bytes, at: round % 2 * 24.MiB) }
+            }
+        }
+        try mount.unmount()
+        #expect(try QemuImg.check(image).status == 0)
+    }
+
     @Test("A file that is a mountpoint has no place for snapshots")
     func fileMountpoint() throws {
         let folder = try TemporaryDirectory()

@@ -112,7 +112,11 @@ extension OwnAccess {
     func diskChanged(_ node: UnsafeMutablePointer<FileNode>, restoresSize: Bool) {
         _ = dropPages(of: number(of: node))
         kernelForgetsAttributes(of: number(of: node))
-        if restoresSize { return restoreSize(of: number(of: node)) }
+        if restoresSize {
+            restoreSize(of: number(of: node))
+            // Whoever asked for the change finds it done, however busy the file is.
+            return waitForSize(of: number(of: node), milliseconds: 10_000)
+        }
         var status = stat()
         _ = stat(path(of: node), &status)
     }
@@ -269,10 +273,10 @@ extension OwnAccess {
         kernelForgetsAttributes(of: number)
     }
 
-    /// Waits a moment for a size that the kernel is being told.
-    func waitForSize(of number: fuse_ino_t) {
-        for _ in 0..<50 {
-            guard isRestoring(number) else { return }
+    /// Waits for a size that the kernel is being told: a moment, where a client waits meanwhile.
+    func waitForSize(of number: fuse_ino_t, milliseconds: Int = 100) {
+        for _ in 0..<milliseconds / 2 {
+            guard isRestoring(number), !queue.withLock({ $0.isFinished }) else { return }
             usleep(2000)
         }
     }
