@@ -69,6 +69,7 @@ extension Combination {
     /// Options of the top layer: those of all, and its own.
     private func topOptions(in folder: TemporaryDirectory) -> [String] {
         options + (isPreallocated ? ["preallocation=metadata"] : [])
+            + (hasLazyRefcounts ? ["lazy_refcounts=on"] : [])
             + (dataFile == nil ? [] : ["data_file=\(dataFileName(in: folder))"])
             + (dataFile == .raw ? ["data_file_raw=on"] : [])
     }

@@ -9,7 +9,7 @@ extension Combination {
     private static let changingPlain: [Combination] =
         [512, 4096, 65536].flatMap { clusterSize in
             let plain = Combination(clusterSize: clusterSize, hasSnapshots: true)
-            return [(2, 16), (3, 8), (3, 16), (3, 64)].map { version, refcountBits in
+            return [(2, 16), (3, 4), (3, 16), (3, 64)].map { version, refcountBits in
                 plain.with(\.version, version).with(\.refcountBits, refcountBits)
             } + [
                 plain.with(\.hasBitmaps, true),
@@ -19,6 +19,7 @@ extension Combination {
             // Without snapshots, version 2 changes its size too.
             Combination(clusterSize: 4096, version: 2),
             Combination(clusterSize: 4096, refcountBits: 1, content: .zlib),
+            Combination(clusterSize: 4096, hasLazyRefcounts: true, hasSnapshots: true),
             Combination(clusterSize: 4096, content: .chainOfFive, hasSnapshots: true),
             Combination(clusterSize: 65536, content: .zstd, hasSnapshots: true, hasBitmaps: true),
             Combination(

@@ -37,6 +37,7 @@ struct Combination: Hashable, Sendable, CustomTestStringConvertible {
     let clusterSize: Int
     var version = 3
     var refcountBits = 16
+    var hasLazyRefcounts = false
     var content = Content.plain
     /// Whether L2 entries have 32 subclusters.
     var isExtended = false
@@ -52,7 +53,8 @@ struct Combination: Hashable, Sendable, CustomTestStringConvertible {
     var testDescription: String {
         ([
             "\(clusterSize) B, v\(version), \(refcountBits)-bit counts, \(content.rawValue)",
-            isExtended ? "subclusters" : nil, isPreallocated ? "preallocated" : nil,
+            hasLazyRefcounts ? "lazy" : nil, isExtended ? "subclusters" : nil,
+            isPreallocated ? "preallocated" : nil,
             dataFile.map { "\($0.rawValue) data file" }, encryption.map { "LUKS \($0.rawValue)" },
             hasSnapshots ? "snapshots" : nil, hasBitmaps ? "bitmaps" : nil,
         ] as [String?]).compactMap { $0 }.joined(separator: ", ")
@@ -72,6 +74,7 @@ struct Combination: Hashable, Sendable, CustomTestStringConvertible {
         if version == 2 && content == .zeroClusters { return "version 2 has no zero flag" }
         if version == 2 && isExtended { return "version 2 has no subclusters" }
         if version == 2 && dataFile != nil { return "version 2 has no data files" }
+        if version == 2 && hasLazyRefcounts { return "version 2 has no dirty bit" }
         if version == 2 && hasBitmaps { return "version 2 has no bitmaps" }
         if isExtended && clusterSize < 16384 { return "a subcluster has 512 bytes at least" }
         if refcountBits == 1 && hasSnapshots {

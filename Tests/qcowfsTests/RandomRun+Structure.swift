@@ -6,20 +6,29 @@ enum StructureChange: Sendable {
     case create(String)
     case apply(String)
     case delete(String)
-    case resize(Int)
+    case resize(Int, Growth = .size)
+
+    /// How a disk gets larger.
+    enum Growth: String, CaseIterable {
+        /// By its size, and in what follows with clusters for the new bytes.
+        case size = "off"
+        case metadata, falloc, full
+    }
 
     /// Bytes of the disk afterwards, where they may be others than before.
-    var newSize: Int? { if case .resize(let byteCount) = self { byteCount } else { nil } }
+    var newSize: Int? { if case .resize(let byteCount, _) = self { byteCount } else { nil } }
 
     var replacesDisk: Bool { if case .apply = self { true } else { false } }
 
-    /// What qemu-img and the program call it.
+    /// What qemu-img and the program call it; the path of the image is missing.
     var words: [String] {
         switch self {
         case .create(let name): ["snapshot", "-c", name]
         case .apply(let name): ["snapshot", "-a", name]
         case .delete(let name): ["snapshot", "-d", name]
-        case .resize(let byteCount): ["resize", "--shrink", "\(byteCount)"]
+        case .resize(let byteCount, .size): ["resize", "--shrink", "\(byteCount)"]
+        case .resize(let byteCount, let growth):
+            ["resize", "--preallocation", growth.rawValue, "\(byteCount)"]
         }
     }
 }
@@ -29,16 +38,17 @@ extension RandomRun {
     /// Threads use the disk while, half of the times, its structure changes.
     func useAndChange(_ mount: TestMount, part: Int) throws {
         let steps = TestEnvironment.isLong ? 100 : 20
-        guard random.chance(oneIn: 2), let change = nextChange(besideThreads: true) else {
+        guard random.chance(oneIn: 2), let change = nextChangeBesideThreads() else {
             history.append("use")
             return try use(mount, part: part, steps: steps)
         }
         history.append("use beside \(change)")
         let make = make(change, mount)
+        let reader = snapshotReader(beside: change, mount)
         let delay = UInt32(random.number(below: 6000))
         try use(mount, part: part, steps: steps, beside: change) {
             usleep(delay)
-            try make()
+            try onThreads(2) { index in try index == 0 ? make() : reader() }
         }
         switch change {
         case .create(let name):
@@ -90,11 +100,26 @@ extension RandomRun {
     private func make(
         _ change: StructureChange, _ mount: TestMount
     ) -> @Sendable () throws -> Void {
-        if let newSize = change.newSize, random.chance(oneIn: 2) {
-            return { try mount.open().truncate(to: newSize) }
+        let old = model.byteCount
+        if case .resize(let new, .size) = change, random.chance(oneIn: 2) {
+            guard new > old, random.chance(oneIn: 2) else {
+                return { try mount.open().truncate(to: new) }
+            }
+            return { try mount.open().allocate(0, old..<new) }
         }
         let words = program(change)
         return { try Command.require(words) }
+    }
+
+    /// What reads, again and again, a snapshot that `change` leaves alone.
+    private func snapshotReader(
+        beside change: StructureChange, _ mount: TestMount
+    ) -> @Sendable () throws -> Void {
+        guard let name = anySnapshot(), let kept = snapshots[name], change.words[2] != name else {
+            return {}
+        }
+        let path = snapshotFile(name, of: mount)
+        return { for _ in 0..<3 { try Self.compare(path, with: kept) } }
     }
 
     private func program(_ change: StructureChange) -> [String] {
@@ -111,7 +136,7 @@ extension RandomRun {
             model = kept.copy(byteCount: kept.byteCount)
             for bitmap in bitmaps { bitmap.replaceDisk(byteCount: model.byteCount) }
         case .delete(let name): snapshots[name] = nil
-        case .resize(let byteCount):
+        case .resize(let byteCount, _):
             model = model.copy(byteCount: byteCount)
             for bitmap in bitmaps { bitmap.resize(to: byteCount) }
             if combination.dataFile != nil { dataFileByteCount = byteCount }
@@ -126,21 +151,28 @@ extension RandomRun {
 
     // MARK: Choosing one
 
+    /// The next change beside threads: they must not write past the end of another disk, nor must
+    /// a kernel that keeps whole pages back.
+    private func nextChangeBesideThreads() -> StructureChange? {
+        guard let change = nextChange() else { return nil }
+        if case .resize(let byteCount, let growth) = change, mountOptions.contains("--writeback") {
+            return .resize(byteCount / 4096 * 4096, growth)
+        }
+        return change.newSize != nil || keepsSize(change) ? change : nil
+    }
+
     /// The next change; nil for none.
-    ///
-    /// Beside threads only a disk of the same size is applied: they would write past another's end.
-    private func nextChange(besideThreads: Bool = false) -> StructureChange? {
-        guard combination.hasSnapshots else { return .resize(nextSize()) }
+    private func nextChange() -> StructureChange? {
+        guard combination.hasSnapshots else { return nextSize() }
         // QEMU allows no other size of a version 2 disk with snapshots.
         switch random.number(below: combination.version == 2 ? 8 : 11) {
-        case 0..<3:
+        case 0..<3 where snapshots.count < 9:
             nextName += 1
             return .create("made\(nextName)")
         case 3..<6:
-            guard let name = anySnapshot() else { return nil }
-            return besideThreads && !keepsSize(.apply(name)) ? nil : .apply(name)
-        case 6..<8: return snapshots.count > 3 ? anySnapshot().map { .delete($0) } : nil
-        default: return .resize(nextSize())
+            return anySnapshot().map { .apply($0) }
+        case 0..<3, 6..<8: return snapshots.count > 3 ? anySnapshot().map { .delete($0) } : nil
+        default: return nextSize()
         }
     }
 
@@ -154,14 +186,21 @@ extension RandomRun {
         return snapshots[name]?.byteCount == model.byteCount
     }
 
-    /// Half of the disk to twice as much, and in a long run now and then enough for more L2 tables.
-    private func nextSize() -> Int {
+    /// Half of the disk to twice as much; now and then next to nothing, and in a long run enough
+    /// for more L2 tables.
+    private func nextSize() -> StructureChange {
         let usual = combination.byteCount
+        if random.chance(oneIn: 8) {
+            return .resize((64.KiB + random.number(below: 192.KiB)) / 512 * 512)
+        }
         if TestEnvironment.isLong, combination.clusterSize == 65536, random.chance(oneIn: 12) {
-            return (300.MiB + random.number(below: 300.MiB)) / 512 * 512
+            return .resize((300.MiB + random.number(below: 300.MiB)) / 512 * 512)
         }
         let least = max(usual / 2, 64.KiB)
-        return (least + random.number(below: usual + usual / 2)) / 512 * 512
+        let size = (least + random.number(below: usual + usual / 2)) / 512 * 512
+        guard size > model.byteCount, random.chance(oneIn: 2) else { return .resize(size) }
+        let growths = StructureChange.Growth.allCases
+        return .resize(size, growths[random.number(below: growths.count)])
     }
 }
 

@@ -83,7 +83,7 @@ final class RandomRun {
             for part in 0..<(TestEnvironment.isLong ? 8 : 3) {
                 try useAndChange(mount, part: round * 100 + part)
                 try changeMounted(mount)
-                try compare(mount.disk, with: model)
+                try Self.compare(mount.disk, with: model)
             }
         } else {
             try use(mount, part: round, steps: stepCount)
@@ -96,10 +96,10 @@ final class RandomRun {
     /// Compares everything that is shown and returns the disk's data ranges; the files are closed
     /// on return, for an open one keeps a mount busy.
     private func inspect(_ mount: TestMount) throws -> [Range<Int>] {
-        try compare(mount.disk, with: model)
+        try Self.compare(mount.disk, with: model)
         if changesStructure {
             for (name, kept) in snapshots {
-                try compare(snapshotFile(name, of: mount), with: kept)
+                try Self.compare(snapshotFile(name, of: mount), with: kept)
             }
         }
         return try mount.open(O_RDONLY).dataRanges()
@@ -135,7 +135,7 @@ final class RandomRun {
     }
 
     /// Throws where the file at `path` does not hold what `model` holds.
-    func compare(_ path: String, with model: ReferenceDisk) throws {
+    static func compare(_ path: String, with model: ReferenceDisk) throws {
         let file = try TestFile(path, O_RDONLY)
         guard try file.byteCount() == model.byteCount else {
             throw Difference(

@@ -82,6 +82,22 @@ struct RandomRunTests {
     }
 
     @Test(
+        "So does one whose structure changes, with writes kept back or past the page cache",
+        arguments: [["--writeback", "on"], ["--direct"]],
+        [
+            Combination(clusterSize: 4096, hasSnapshots: true),
+            Combination(clusterSize: 65536, content: .zeroClusters, dataFile: .raw),
+            Combination(
+                clusterSize: 65536, content: .longerRawBacking, isExtended: true,
+                encryption: .aes, hasSnapshots: true),
+        ])
+    func equalsModelWhileStructureChangesWithOptions(
+        options: [String], combination: Combination
+    ) {
+        run(combination, seed: 6, changesStructure: true, options: options)
+    }
+
+    @Test(
         "So does an encrypted one, past the page cache or with writes kept back",
         arguments: [["--direct"], ["--writeback", "on"]])
     func equalsModelEncryptedWithOptions(options: [String]) {
@@ -119,6 +135,7 @@ struct RandomRunTests {
             Combination(clusterSize: 65536, version: 2, isExtended: true),
             Combination(clusterSize: 4096, version: 2, dataFile: .plain),
             Combination(clusterSize: 4096, version: 2, hasBitmaps: true),
+            Combination(clusterSize: 4096, version: 2, hasLazyRefcounts: true),
             Combination(clusterSize: 4096, isExtended: true),
             Combination(clusterSize: 4096, refcountBits: 1, hasSnapshots: true),
             Combination(clusterSize: 4096, dataFile: .plain, hasSnapshots: true),
