@@ -1,4 +1,5 @@
 internal import ArgumentParser
+internal import Glibc
 internal import QCOW2
 
 /// `qcowfs convert`: copies a disk to a new file.
@@ -8,6 +9,12 @@ struct Convert: Verb {
         abstract: "Copy a disk to a new raw file or image, without its holes and its backing file.",
         discussion: """
             The target appears when it is complete; until then a file of that name stays as it is.
+
+            - is standard input or output.  From a pipe a raw disk can be read, and an image whose \
+            clusters come in about the order of the disk, as convert and qemu-img convert write \
+            them; any other image needs --spool.  To a pipe an image is written in one pass from a \
+            source that can be read twice; one from a pipe, or with -c, encryption or \
+            preallocation, needs --spool.
             """)
 
     @Option(name: .customShort("f"), help: "The source's format; found by its magic without.")
@@ -38,13 +45,19 @@ struct Convert: Verb {
     @Option(name: .customShort("m"), help: "Threads that copy.")
     var threads = 0
 
+    @Option(
+        help: ArgumentHelp(
+            "Where a file without a name keeps what a pipe brings, or cannot take yet.",
+            valueName: "dir"))
+    var spool: String?
+
     @OptionGroup var sources: SourceOptions
     @OptionGroup var progress: ProgressOptions
 
-    @Argument(help: "The disk to copy.")
+    @Argument(help: "The disk to copy; - is standard input.")
     var source: String
 
-    @Argument(help: "The file to make; one that is there is replaced.")
+    @Argument(help: "The file to make, one that is there is replaced; - is standard output.")
     var target: String
 
     func validate() throws {
@@ -61,22 +74,67 @@ struct Convert: Verb {
         conversion.sparseByteCount = sparse.byteCount
         conversion.compresses = compresses
         conversion.threadCount = threads == 0 ? Processors.count : threads
-        let disk = try sources.open(source, format: sourceFormat, snapshot: snapshotWord)
-        let bar = progress.report(of: "convert")
-        Interruption.watch()
+        if target == "-" {
+            // A reader that goes away is an error like others.
+            signal(SIGPIPE, SIG_IGN)
+        } else {
+            Interruption.watch()
+        }
         do throws(ImageError) {
-            try conversion.run(from: disk, toFileAt: target) {
-                bar?.update($0)
-                return !Interruption.hasCome
+            switch try incoming() {
+            case .disk(let disk): try copy(disk, conversion)
+            case .stream(let stream): try copy(stream, conversion)
             }
         } catch {
-            bar?.clear()
             guard error.kind == .cancelled else { throw error }
             throw Failure(target, "interrupted; nothing was left there, and what was there stays")
         }
+        return 0
+    }
+
+    private func incoming() throws(ImageError) -> IncomingDisk {
+        guard source == "-" else {
+            return .disk(
+                try sources.open(source, format: sourceFormat, snapshot: snapshotWord))
+        }
+        return try IncomingDisk(
+            descriptor: STDIN_FILENO, name: "standard input", format: sourceFormat?.source,
+            snapshot: snapshotWord, spoolDirectory: spool, options: try sources.openOptions(),
+            isCancelled: { Interruption.hasCome })
+    }
+
+    private func copy(_ disk: SourceDisk, _ conversion: Conversion) throws(ImageError) {
+        let bar = progress.report(of: "convert")
+        let report = { (part: Double) in
+            bar?.update(part)
+            return !Interruption.hasCome
+        }
+        do throws(ImageError) {
+            if target == "-" {
+                try conversion.run(
+                    from: disk, toDescriptor: STDOUT_FILENO, name: "standard output",
+                    spoolDirectory: spool, progress: report)
+            } else {
+                try conversion.run(from: disk, toFileAt: target, progress: report)
+            }
+        } catch {
+            bar?.clear()
+            throw error
+        }
         bar?.finish()
         try disk.close()
-        return 0
+    }
+
+    /// How far it has come is not known before the end.
+    private func copy(_ stream: RawStream, _ conversion: Conversion) throws(ImageError) {
+        guard target == "-" else { return try conversion.run(from: stream, toFileAt: target) }
+        guard targetFormat == .raw else {
+            throw ImageError(
+                .invalidArgument(
+                    "an image is written to a pipe from a source that can be read twice: "
+                        + "give --spool DIR"), file: "standard input")
+        }
+        try Conversion.copy(stream, toDescriptor: STDOUT_FILENO, name: "standard output")
     }
 
     /// `snapshot.id=1` and `snapshot.name=x` are qemu-img's long words for the same.

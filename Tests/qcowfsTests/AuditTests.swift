@@ -3,7 +3,7 @@ import TestSupport
 import Testing
 
 /// `audit`: what an image from strangers refers to and asks for.
-@Suite("Audit", .serialized, .enabled(if: QemuImg.isThere, "qemu-img or qemu-io is missing"))
+@Suite("Audit", .serialized, .needsQemuImg)
 struct AuditTests {
     struct Report: Decodable {
         struct Reference: Decodable {

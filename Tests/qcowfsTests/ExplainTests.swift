@@ -4,7 +4,7 @@ import TestSupport
 import Testing
 
 /// `explain`: how one byte is found.
-@Suite("Explain", .enabled(if: QemuImg.isThere, "qemu-img or qemu-io is missing"))
+@Suite("Explain", .needsQemuImg)
 struct ExplainTests {
     struct Report: Decodable {
         struct Entry: Decodable {

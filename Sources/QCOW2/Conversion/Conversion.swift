@@ -41,12 +41,7 @@ public struct Conversion: Sendable {
             let sink = try RawSink(device, size: source.size, keepsZeros: sparseByteCount == 0)
             try copy(source, to: sink, unit: max(sparseByteCount, 512), progress)
         case .qcow2(let options):
-            try Image.create(on: device, size: source.size, options: options)
-            let passphrases = PassphraseSource([options.encryption?.passphrase].compactMap { $0 })
-            let image = try Image.open(
-                device,
-                options: OpenOptions(
-                    cacheByteCount: Self.cacheByteCount, passphrases: passphrases))
+            let image = try newImage(on: device, size: source.size, options)
             if compresses {
                 try compress(source, into: image, progress)
             } else {
@@ -57,9 +52,21 @@ public struct Conversion: Sendable {
             // The device is its owner's.
             try image.finish()
         }
+        try source.finish()
     }
 
-    private func checkOptions(_ path: String) throws(ImageError) {
+    /// An empty image, open for writing.
+    func newImage(
+        on device: any BlockDevice, size: UInt64, _ options: CreateOptions
+    ) throws(ImageError) -> Image {
+        try Image.create(on: device, size: size, options: options)
+        let passphrases = PassphraseSource([options.encryption?.passphrase].compactMap { $0 })
+        return try Image.open(
+            device,
+            options: OpenOptions(cacheByteCount: Self.cacheByteCount, passphrases: passphrases))
+    }
+
+    func checkOptions(_ path: String) throws(ImageError) {
         guard sparseByteCount == 0 || sparseByteCount & (sparseByteCount &- 1) == 0,
             sparseByteCount == 0 || sparseByteCount >= 512
         else {
@@ -129,7 +136,7 @@ public struct Conversion: Sendable {
     }
 
     /// Writes what is not zero.
-    private static func store(
+    static func store(
         _ bytes: UnsafeRawBufferPointer, at offset: UInt64, in sink: some DiskSink, unit: UInt64
     ) throws(ImageError) {
         var done = 0

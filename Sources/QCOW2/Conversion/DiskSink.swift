@@ -39,6 +39,16 @@ struct RawSink: DiskSink {
         }
     }
 
+    /// Makes the device `end` bytes long, where it can have any length.
+    func setEnd(_ end: UInt64) throws(ImageError) {
+        guard device.readsZerosPastEnd else { return }
+        do throws(SystemError) {
+            try device.resize(to: end)
+        } catch {
+            throw ImageError(.system(error, operation: "cannot set the length"), file: device.name)
+        }
+    }
+
     func zero(_ range: Range<UInt64>) throws(ImageError) {
         guard writesZeros else { return }
         var offset = range.lowerBound

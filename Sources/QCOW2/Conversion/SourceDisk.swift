@@ -8,6 +8,7 @@ public struct SourceDisk: Sendable {
     private enum Content: Sendable {
         case image(Image)
         case device(any BlockDevice)
+        case piped(PipedImage)
     }
 
     private let content: Content
@@ -18,6 +19,11 @@ public struct SourceDisk: Sendable {
     public init(_ image: Image) {
         content = .image(image)
         size = image.size
+    }
+
+    init(_ piped: PipedImage) {
+        content = .piped(piped)
+        size = piped.image.size
     }
 
     /// The bytes of `device`.
@@ -67,12 +73,8 @@ public struct SourceDisk: Sendable {
     private static func hasMagic(_ path: String) throws(ImageError) -> Bool {
         let device = try FileDevice(path: path, access: .readOnly, mapsBytes: false)
         defer { device.close() }
-        var start: UInt32 = 0
         do throws(SystemError) {
-            let count = try withUnsafeMutableBytes(of: &start) { bytes throws(SystemError) in
-                try device.read(into: bytes, at: 0)
-            }
-            return count == 4 && UInt32(bigEndian: start) == Header.magic
+            return try device.hasMagic()
         } catch {
             throw ImageError(.system(error, operation: "cannot read"), file: path)
         }
@@ -80,8 +82,17 @@ public struct SourceDisk: Sendable {
 
     /// The image, nil for a raw disk.
     public var image: Image? {
-        if case .image(let image) = content { return image }
-        return nil
+        switch content {
+        case .image(let image): image
+        case .piped(let piped): piped.image
+        case .device: nil
+        }
+    }
+
+    /// Whether it comes through a pipe and can be read only once, from front to back.
+    public var isSequential: Bool {
+        if case .piped = content { return true }
+        return false
     }
 
     /// What a message calls the disk: a path, mostly.
@@ -89,6 +100,7 @@ public struct SourceDisk: Sendable {
         switch content {
         case .image(let image): image.files.first ?? ""
         case .device(let device): device.name
+        case .piped(let piped): piped.image.files.first ?? ""
         }
     }
 
@@ -99,6 +111,7 @@ public struct SourceDisk: Sendable {
     ) throws(ImageError) {
         switch content {
         case .image(let image): try image.read(into: buffer, at: offset)
+        case .piped(let piped): try piped.read(into: buffer, at: offset)
         case .device(let device):
             do throws(SystemError) {
                 try device.readPadded(into: buffer, at: offset)
@@ -116,6 +129,7 @@ public struct SourceDisk: Sendable {
     ) throws(ImageError) -> (isHole: Bool, byteCount: UInt64) {
         switch content {
         case .image(let image): return try image.holeOrData(at: offset, limit: limit)
+        case .piped(let piped): return try piped.run(at: offset, limit: limit)
         case .device(let device):
             do throws(SystemError) {
                 return try device.holeOrData(at: offset, limit: limit)
@@ -126,11 +140,18 @@ public struct SourceDisk: Sendable {
         }
     }
 
+    /// Reads what a pipe still brings, once everything that is wanted of it was read.
+    /// - Throws: `.corrupt` where it has ended before the image.
+    func finish() throws(ImageError) {
+        if case .piped(let piped) = content { try piped.finish() }
+    }
+
     /// Closes the image or the device.
     public func close() throws(ImageError) {
         switch content {
         case .image(let image): try image.close()
         case .device(let device): device.close()
+        case .piped(let piped): try piped.image.close()
         }
     }
 }
