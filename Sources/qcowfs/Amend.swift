@@ -20,9 +20,7 @@ struct Amend: Verb, ImageOptionReader {
     var format = "qcow2"
 
     @OptionGroup var policy: PolicyOptions
-
-    @Flag(name: .shortAndLong, help: "Nothing is printed in any case; for habit's sake.")
-    var quiet = false
+    @OptionGroup var progress: ProgressOptions
 
     @Argument(help: "The image.")
     var image: String
@@ -35,7 +33,19 @@ struct Amend: Verb, ImageOptionReader {
         for (name, value) in options.flatMap(OptionList.pairs) {
             try set(name, to: value, in: &wanted)
         }
-        try Image.amend(image, options: wanted, policy: policy.policy)
+        let bar = progress.report(of: "amend")
+        Interruption.watch()
+        do throws(ImageError) {
+            try Image.amend(image, options: wanted, policy: policy.policy) {
+                bar?.update($0)
+                return !Interruption.hasCome
+            }
+        } catch {
+            bar?.clear()
+            guard error.kind == .cancelled else { throw error }
+            throw Failure(image, "interrupted; it is as it was")
+        }
+        bar?.finish()
         return 0
     }
 

@@ -3,10 +3,12 @@ extension Image {
     ///
     /// Whatever has to be written anew is written behind the end of the file; one write of the
     /// header makes it the image's, so that an interrupted amendment has not happened.
-    /// - Throws: `.invalidArgument` where it cannot be, `.locked`, `.markedCorrupt`, and for a
-    ///   change of size what `open` and `resize` throw.
+    /// - Parameter progress: Told what part is done; false cancels, and the image is as it was.
+    /// - Throws: `.invalidArgument` where it cannot be, `.locked`, `.markedCorrupt`, `.cancelled`,
+    ///   and for a change of size what `open` and `resize` throw.
     public static func amend(
-        _ path: String, options: AmendOptions, policy: OpenPolicy = .imageDirectory
+        _ path: String, options: AmendOptions, policy: OpenPolicy = .imageDirectory,
+        progress: ((Double) -> Bool)? = nil
     ) throws(ImageError) {
         let header = try ImageInfo(path: path).header
         if let header { _ = try options.amended(header, file: path) }
@@ -16,7 +18,7 @@ extension Image {
         }
         // Version 2 cannot change the size of an image with snapshots.
         if options.version == .v2 { try amendSize(path, options, policy) }
-        try amendFile(path, options)
+        try amendFile(path, options, progress)
         if options.version != .v2 { try amendSize(path, options, policy) }
     }
 
@@ -35,17 +37,17 @@ extension Image {
     }
 
     private static func amendFile(
-        _ path: String, _ options: AmendOptions
+        _ path: String, _ options: AmendOptions, _ progress: ((Double) -> Bool)?
     ) throws(ImageError) {
         let device = try FileDevice(path: path, access: .readWrite, mapsBytes: false)
         defer { device.close() }
         try ImageLock.take(.writer, on: device)
-        try amend(on: device, options: options)
+        try amend(on: device, options: options, progress: progress)
     }
 
     /// Amends the image on a device, except for its size.
     package static func amend(
-        on device: any BlockDevice, options: AmendOptions
+        on device: any BlockDevice, options: AmendOptions, progress: ((Double) -> Bool)? = nil
     ) throws(ImageError) {
         let file = try HostFile(device)
         // What a killed predecessor left in the page cache becomes durable before it is believed.
@@ -56,7 +58,7 @@ extension Image {
         }
         let wanted = try options.amended(header, file: device.name)
         guard wanted != header else { return }
-        var amendment = Amendment(file, from: header, to: wanted)
+        var amendment = Amendment(file, from: header, to: wanted, progress)
         let end = file.writtenEnd
         do throws(ImageError) {
             try amendment.makeStructures()
@@ -80,15 +82,26 @@ struct Amendment {
     private var counts: ReferenceCounts?
     /// Where the next table goes.
     private var end: UInt64
+    /// Told what part is done; false cancels.
+    private let progress: ((Double) -> Bool)?
+    /// L2 tables that were looked at, and about how many there are to look at.
+    private var doneCount: UInt64 = 0
+    private var tableCount: UInt64 = 0
 
-    init(_ file: HostFile, from old: Header, to new: Header) {
+    init(
+        _ file: HostFile, from old: Header, to new: Header, _ progress: ((Double) -> Bool)? = nil
+    ) {
         self.file = file
+        self.progress = progress
         self.old = old
         self.new = new
         end = (file.writtenEnd &+ old.clusterByteCount &- 1) & ~(old.clusterByteCount &- 1)
     }
 
     mutating func makeStructures() throws(ImageError) {
+        if progress != nil {
+            tableCount = try ReferenceWalk(file.device, header: old) { _ in }.tableCount()
+        }
         var needsCounts = new.refcountOrder != old.refcountOrder
         if new.version == 2, old.version == 3 {
             if try expandZeroes() { needsCounts = true }
@@ -165,6 +178,8 @@ struct Amendment {
             let bits = table.withRawBytes { $0.bigEndian(at: position, as: UInt64.self) } ?? 0
             let entry = L1Entry(bits: bits)
             guard entry.offset != 0 else { continue }
+            doneCount += 1
+            if isCancelled(after: doneCount) { throw ImageError(.cancelled, file: file.name) }
             let place = try expansion.place(ofTableAt: entry.offset) {
                 offset throws(ImageError) in
                 try Header.read(Int(old.clusterByteCount), at: offset, of: file.device)
@@ -181,7 +196,15 @@ struct Amendment {
     /// Reference counts of the new width for the image as the new header has it.
     private mutating func countAnew() throws(ImageError) {
         var damage: CheckFinding?
-        let rebuild = try RefcountRebuild(file.device, header: new) { damage = damage ?? $0 }
+        var count = doneCount
+        var isCancelled = false
+        let rebuild = try RefcountRebuild(
+            file.device, header: new,
+            tableRead: { [self] in
+                count += 1
+                if self.isCancelled(after: count) { isCancelled = true }
+            }, report: { damage = damage ?? $0 })
+        if isCancelled { throw ImageError(.cancelled, file: file.name) }
         if let damage {
             if case .countTooLarge = damage {
                 throw ImageError(
@@ -196,6 +219,11 @@ struct Amendment {
         new.refcountTableClusterCount = UInt32(clamping: rebuild.tableClusterCount)
         new.l1Offset = rebuild.l1Offset
         counts = rebuild.allCounts
+    }
+
+    private func isCancelled(after count: UInt64) -> Bool {
+        guard let progress else { return false }
+        return !progress(min(Double(count) / Double(max(tableCount, 1)), 1))
     }
 
     /// Sets COPIED where a cluster has one reference now; until then it only costs a copy.

@@ -23,14 +23,17 @@ struct RefcountRebuild {
     ///   - header: What the image is counted by; its refcount width is that of the new blocks.
     ///   - keepsUnreferenced: Whether every cluster of the file counts as used, because
     ///     references may be hidden.
+    ///   - tableRead: Called for each L2 table.
     ///   - report: Gets what is met on the way.
     init(
         _ device: any BlockDevice, header: Header, keepsUnreferenced: Bool = false,
+        tableRead: @escaping () -> Void = {},
         report: @escaping (CheckFinding) -> Void = { _ in }
     ) throws(ImageError) {
         self.header = header
         self.keepsUnreferenced = keepsUnreferenced
-        var walk = try ReferenceWalk(device, header: header, report: report)
+        var walk = try ReferenceWalk(
+            device, header: header, tableRead: tableRead, report: report)
         try walk.run(countingRefcounts: false)
         counts = walk.counts
         let cluster = header.clusterByteCount
