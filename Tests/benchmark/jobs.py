@@ -130,15 +130,24 @@ THR16 = ["--direct=1", "--numjobs=16"]
 AIO16 = ["--direct=1", "--ioengine=libaio", "--iodepth=16"]
 
 
-@job("seqread-1M-buf", "full", "MB/s")
-def _(path, image, target):
-    """Buffered sequential read, cold exposed file."""
-    return sequential(path, image.size)
+def random_job(name, kind, *args, note="", write=False):
+    """Registers random 4K requests, for as long as SECONDS."""
+    def run(path, image, target):
+        return fio(path, "--rw=randwrite" if write else "--rw=randread", *args, seconds=SECONDS)
+    run.__doc__ = note
+    job(name, kind, "IOPS", write=write)(run)
 
 
-@job("seqread-1M-direct", "full", "MB/s")
-def _(path, image, target):
-    return sequential(path, image.size, direct=True)
+def sequential_job(name, kind, part=1, note="", **how):
+    """Registers a pass through the disk, or through one part of so many, by the MiB."""
+    def run(path, image, target):
+        return sequential(path, image.size // part, **how)
+    run.__doc__ = note
+    job(name, kind, "MB/s", write=how.get("write", False))(run)
+
+
+sequential_job("seqread-1M-buf", "full", note="Buffered sequential read, cold exposed file.")
+sequential_job("seqread-1M-direct", "full", direct=True)
 
 
 @job("reread-1M-buf", "full", "MB/s")
@@ -156,93 +165,25 @@ def _(path, image, target):
     return n * MIB / 1e6 / s, n
 
 
-@job("randread-4k-qd1", "full", "IOPS")
-def _(path, image, target):
-    return fio(path, "--rw=randread", *QD1, seconds=SECONDS)
-
-
-@job("randread-4k-thr16", "full", "IOPS")
-def _(path, image, target):
-    """16 threads, one request each."""
-    return fio(path, "--rw=randread", *THR16, seconds=SECONDS)
-
-
-@job("randread-4k-aio16", "full", "IOPS")
-def _(path, image, target):
-    """One thread, libaio, depth 16."""
-    return fio(path, "--rw=randread", *AIO16, seconds=SECONDS)
-
-
-@job("zlib-seqread", "zlib", "MB/s")
-def _(path, image, target):
-    return sequential(path, image.size // 2)
-
-
-@job("zlib-randread-qd1", "zlib", "IOPS")
-def _(path, image, target):
-    return fio(path, "--rw=randread", *QD1, seconds=SECONDS)
-
-
-@job("zlib-randread-12M", "zlib", "IOPS")
-def _(path, image, target):
-    """A working set of 12 MiB, read for a second time and more."""
-    return fio(path, "--rw=randread", *QD1, "--size=12m", seconds=SECONDS)
-
-
-@job("zstd-seqread", "zstd", "MB/s")
-def _(path, image, target):
-    return sequential(path, image.size // 2)
-
-
-@job("zstd-randread-qd1", "zstd", "IOPS")
-def _(path, image, target):
-    return fio(path, "--rw=randread", *QD1, seconds=SECONDS)
-
-
-@job("zstd-randread-12M", "zstd", "IOPS")
-def _(path, image, target):
-    return fio(path, "--rw=randread", *QD1, "--size=12m", seconds=SECONDS)
-
-
-@job("zstd-randread-thr16", "zstd", "IOPS")
-def _(path, image, target):
-    return fio(path, "--rw=randread", *THR16, seconds=SECONDS)
-
-
-@job("chain1-randread-qd1", "chain1", "IOPS")
-def _(path, image, target):
-    return fio(path, "--rw=randread", *QD1, seconds=SECONDS)
-
-
-@job("chain8-randread-qd1", "chain8", "IOPS")
-def _(path, image, target):
-    return fio(path, "--rw=randread", *QD1, seconds=SECONDS)
-
-
-@job("chain8-seqread", "chain8", "MB/s")
-def _(path, image, target):
-    return sequential(path, image.size)
-
-
-@job("extl2-randread-qd1", "extl2", "IOPS")
-def _(path, image, target):
-    return fio(path, "--rw=randread", *QD1, seconds=SECONDS)
-
-
-@job("luks-seqread", "luks", "MB/s")
-def _(path, image, target):
-    """AES-256-XTS, as qemu-img makes it; the kernel's cache is cold."""
-    return sequential(path, image.size // 2)
-
-
-@job("luks-randread-qd1", "luks", "IOPS")
-def _(path, image, target):
-    return fio(path, "--rw=randread", *QD1, seconds=SECONDS)
-
-
-@job("luks-randread-thr16", "luks", "IOPS")
-def _(path, image, target):
-    return fio(path, "--rw=randread", *THR16, seconds=SECONDS)
+random_job("randread-4k-qd1", "full", *QD1)
+random_job("randread-4k-thr16", "full", *THR16, note="16 threads, one request each.")
+random_job("randread-4k-aio16", "full", *AIO16, note="One thread, libaio, depth 16.")
+sequential_job("zlib-seqread", "zlib", part=2)
+random_job("zlib-randread-qd1", "zlib", *QD1)
+random_job("zlib-randread-12M", "zlib", *QD1, "--size=12m",
+           note="A working set of 12 MiB, read for a second time and more.")
+sequential_job("zstd-seqread", "zstd", part=2)
+random_job("zstd-randread-qd1", "zstd", *QD1)
+random_job("zstd-randread-12M", "zstd", *QD1, "--size=12m")
+random_job("zstd-randread-thr16", "zstd", *THR16)
+random_job("chain1-randread-qd1", "chain1", *QD1)
+random_job("chain8-randread-qd1", "chain8", *QD1)
+sequential_job("chain8-seqread", "chain8")
+random_job("extl2-randread-qd1", "extl2", *QD1)
+sequential_job("luks-seqread", "luks", part=2,
+               note="AES-256-XTS, as qemu-img makes it; the kernel's cache is cold.")
+random_job("luks-randread-qd1", "luks", *QD1)
+random_job("luks-randread-thr16", "luks", *THR16)
 
 
 @job("half-cp-sparse", "half", "MB/s")
@@ -286,10 +227,8 @@ def _(path, image, target):
     return s, len(found)
 
 
-@job("huge-randread-qd1", "huge", "IOPS")
-def _(path, image, target):
-    """4K reads all over 1 TiB: mostly holes, every L2 table in use (128 MiB of them)."""
-    return fio(path, "--rw=randread", *QD1, seconds=SECONDS)
+random_job("huge-randread-qd1", "huge", *QD1,
+           note="4K reads all over 1 TiB: mostly holes, every L2 table in use (128 MiB of them).")
 
 
 @job("mount-first-byte", "chain1", "ms")
@@ -309,14 +248,8 @@ def _(path, image, target):
     return statistics.median(times) * 1e3, 5
 
 
-@job("seqwrite-over-buf", "over", "MB/s", write=True)
-def _(path, image, target):
-    return sequential(path, image.size, write=True)
-
-
-@job("seqwrite-over-direct", "over", "MB/s", write=True)
-def _(path, image, target):
-    return sequential(path, image.size, write=True, direct=True)
+sequential_job("seqwrite-over-buf", "over", write=True)
+sequential_job("seqwrite-over-direct", "over", write=True, direct=True)
 
 
 @job("write-4k-buf", "over", "MB/s", write=True)
@@ -327,19 +260,9 @@ def _(path, image, target):
     return n * MIB / 1e6 / s, n
 
 
-@job("randwrite-4k-qd1", "over", "IOPS", write=True)
-def _(path, image, target):
-    return fio(path, "--rw=randwrite", *QD1, seconds=SECONDS)
-
-
-@job("randwrite-4k-thr16", "over", "IOPS", write=True)
-def _(path, image, target):
-    return fio(path, "--rw=randwrite", *THR16, seconds=SECONDS)
-
-
-@job("randwrite-4k-aio16", "over", "IOPS", write=True)
-def _(path, image, target):
-    return fio(path, "--rw=randwrite", *AIO16, seconds=SECONDS)
+random_job("randwrite-4k-qd1", "over", *QD1, write=True)
+random_job("randwrite-4k-thr16", "over", *THR16, write=True)
+random_job("randwrite-4k-aio16", "over", *AIO16, write=True)
 
 
 @job("seqwrite-alloc-buf", "empty", "MB/s", write=True)
