@@ -49,7 +49,7 @@ struct TrapProgramTests {
         var builder = ImageBuilder(byteCount: 1.MiB)
         builder.fill(0x11, guestCluster: 0)
         builder.snapshot("kept")
-        builder.addBitmap("bits")
+        builder.bitmap("bits")
         var bytes = builder.build()
         bomb.put(&bytes)
         let image = try folder.write(bytes, to: "disk.qcow2")

@@ -12,7 +12,7 @@ struct HostileHeaderTraps {
         builder.snapshot("first")
         builder.fill(0x22, guestCluster: 1)
         builder.snapshot("second")
-        builder.addBitmap("bits")
+        builder.bitmap("bits")
         return builder.build()
     }
 
