@@ -49,8 +49,7 @@ extension Image {
     ) throws(ImageError) {
         let held = ranges.lockExclusive(offset, clusterByteCount)
         defer { ranges.unlock(held) }
-        let extent = try map.extent(at: offset, limit: 1)
-        if extent.kind == .corrupt { throw stopWriting(top.fault(extent, at: offset), writing) }
+        _ = try extentToChange(at: offset, limit: 1, writing)
         try makeTableWritable(at: offset, writing)
         let host = try allocateStream(stream.count, writing)
         do throws(ImageError) {

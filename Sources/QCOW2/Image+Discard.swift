@@ -83,12 +83,10 @@ extension Image {
         if map.isExtended { return try zeroSubclusters(range, zeroing, writing) }
         var offset = range.lowerBound
         while offset < range.upperBound {
-            let extent = try map.extent(at: offset, limit: range.upperBound &- offset)
+            let extent = try extentToChange(
+                at: offset, limit: range.upperBound &- offset, writing)
             let tableEnd = (offset &>> map.coverageBits &+ 1) &<< map.coverageBits
             let run = offset..<min(offset &+ extent.byteCount, tableEnd)
-            if extent.kind == .corrupt {
-                throw stopWriting(top.fault(extent, at: offset), writing)
-            }
             try zeroRun(run, extent.kind, zeroing, writing)
             offset = run.upperBound
         }
@@ -172,10 +170,8 @@ extension Image {
         var offset = range.lowerBound
         while offset < range.upperBound {
             let cluster = offset..<min(offset &+ map.clusterMask &+ 1, size)
-            let extent = try map.extent(at: offset, limit: cluster.upperBound &- offset)
-            if extent.kind == .corrupt {
-                throw stopWriting(top.fault(extent, at: offset), writing)
-            }
+            let extent = try extentToChange(
+                at: offset, limit: cluster.upperBound &- offset, writing)
             if map.isExtended {
                 try reserveCluster(offset &>> map.clusterBits, takingSpace, writing)
             } else if extent.kind == .unallocated || extent.kind == .zeroPlain {

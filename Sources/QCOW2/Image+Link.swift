@@ -3,6 +3,31 @@ internal import Logging
 /// What every change of a mapping needs: a table that may be changed, clusters, the link itself,
 /// and the checks before a write.
 extension Image {
+    /// The run from `guest` on, at most `limit` bytes, that is about to be written or changed.
+    /// - Throws: `.corrupt` where its entry makes no sense, or has bits set whose meaning nobody
+    ///   knows; the image takes no writes then.
+    func extentToChange(
+        at guest: UInt64, limit: UInt64, _ writing: Writing
+    ) throws(ImageError) -> Extent {
+        let extent = try map.extent(at: guest, limit: limit)
+        if extent.kind == .corrupt { throw stopWriting(top.fault(extent, at: guest), writing) }
+        // What may be written over was found to have none.
+        if extent.isCopied { return extent }
+        let table = map.l1Entry(ofGuest: guest)
+        if table.reservedBits != 0 {
+            throw stopWriting(reservedBits(in: "L1 entry \(hex(table.bits))", at: guest), writing)
+        }
+        let entry = try map.entry(of: guest &>> map.clusterBits)
+        if entry.reservedBits != 0 {
+            throw stopWriting(reservedBits(in: "L2 entry \(hex(entry.bits))", at: guest), writing)
+        }
+        return extent
+    }
+
+    private func reservedBits(in entry: String, at guest: UInt64) -> ImageError {
+        top.file.corrupt("guest offset \(hex(guest)): \(entry) has reserved bits set")
+    }
+
     /// Replaces the entries of `count` guest clusters from `cluster` on, all in one writable
     /// table, waiting for commits where the cache has no room.
     func link(

@@ -110,15 +110,15 @@ extension Image {
         var stored: [(Range<UInt64>, ClusterKind)] = []
         var offset = range.lowerBound
         while offset < range.upperBound {
-            let extent = try map.extent(at: offset, limit: range.upperBound &- offset)
+            let extent = try extentToChange(
+                at: offset, limit: range.upperBound &- offset, writing)
             switch extent.kind {
-            case .corrupt: throw stopWriting(top.fault(extent, at: offset), writing)
             case .compressed:
                 try checkBitmapOfCompressed(at: offset, writing)
                 // The stream has no part that could be zero.
                 guard isWhole else { return try writeZeroBytes(range, writing) }
                 changes = true
-            case .zeroPlain: break
+            case .zeroPlain, .corrupt: break
             case .unallocated: changes = changes || hidesBacking || extent.isReserved
             case .zeroAllocated: changes = changes || zeroing == .unmapping
             case .data: changes = true

@@ -19,7 +19,7 @@ extension Image {
         while done < bytes.count {
             let guest = offset &+ UInt64(done)
             let rest = UnsafeRawBufferPointer(rebasing: bytes[done...])
-            let extent = try map.extent(at: guest, limit: UInt64(rest.count))
+            let extent = try extentToChange(at: guest, limit: UInt64(rest.count), writing)
             switch (extent.kind, extent.isCopied) {
             case (.data, true):
                 let part = UnsafeRawBufferPointer(rebasing: rest[..<Int(extent.byteCount)])
@@ -28,8 +28,6 @@ extension Image {
             case (.zeroAllocated, true),
                 (.unallocated, true) where extent.hasCluster:
                 done += try writeExposing(rest, at: guest, extent, writing)
-            case (.corrupt, _):
-                throw stopWriting(top.fault(extent, at: guest), writing)
             default:
                 done += try writeAllocating(rest, at: guest, extent, writing)
             }

@@ -21,5 +21,11 @@ package struct L1Entry: Equatable, Sendable {
     @inline(__always) package var isCopied: Bool { bits & L1Entry.copied != 0 }
     /// The same entry in a table that is not active, where COPIED has no meaning.
     package var withoutCopied: L1Entry { L1Entry(bits: bits & ~L1Entry.copied) }
-    package var reservedBits: UInt64 { bits & ~(L1Entry.offsetMask | L1Entry.copied) }
+    /// What must be 0 and is not: nothing is changed behind such an entry.
+    package var reservedBits: UInt64 { bits & L1Entry.reservedMask }
+    private static var reservedMask: UInt64 { ~(offsetMask | copied) }
+    /// Whether the table is ours alone, and nothing unknown is said of it.
+    @inline(__always) package var isCopiedAndKnown: Bool {
+        bits & (L1Entry.copied | L1Entry.reservedMask) == L1Entry.copied
+    }
 }

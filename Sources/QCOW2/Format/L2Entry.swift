@@ -41,8 +41,13 @@ package struct L2Entry: Equatable, Sendable {
     @inline(__always) package var showsData: Bool {
         isCompressed || !hasZeroFlag && bits & (L2Entry.offsetMask | L2Entry.copied) != 0
     }
-    package var reservedBits: UInt64 {
-        isCompressed ? 0 : bits & ~(L2Entry.offsetMask | L2Entry.copied | L2Entry.zero)
+    /// What must be 0 and is not.  Nobody knows what it says, so such an entry is read and not
+    /// changed.
+    package var reservedBits: UInt64 { isCompressed ? 0 : bits & L2Entry.reservedMask }
+    private static var reservedMask: UInt64 { ~(offsetMask | copied | compressed | zero) }
+    /// Whether the cluster is ours alone, and nothing unknown is said of it.
+    @inline(__always) package var isCopiedAndKnown: Bool {
+        bits & (L2Entry.copied | L2Entry.reservedMask) == L2Entry.copied
     }
 
     /// The same entry in a table that is, or may be, shared.

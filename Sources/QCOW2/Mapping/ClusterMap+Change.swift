@@ -6,7 +6,7 @@ extension ClusterMap {
     /// Whether the L2 table for `guest` may be changed in place.
     package func hasWritableTable(at guest: UInt64) -> Bool {
         let index = Int(truncatingIfNeeded: guest &>> coverageBits)
-        return index < l1EntryCount && l1Entry(index).isCopied
+        return index < l1EntryCount && l1Entry(index).isCopiedAndKnown
             && l1Entry(index).offset & clusterMask == 0
     }
 

@@ -40,7 +40,7 @@ extension ClusterMap {
             next &+= 1
         }
         var extent = Extent(
-            kind, isCopied: tableIsCopied && entry.isCopied,
+            kind, isCopied: tableIsCopied && entry.isCopiedAndKnown,
             host: hasCluster ? entry.offset &+ intoCluster : 0, byteCount: min(byteCount, limit))
         extent.isReserved = kind == .unallocated && hasCluster
         return extent

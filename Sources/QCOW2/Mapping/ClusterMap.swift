@@ -149,6 +149,12 @@ package final class ClusterMap: Sendable {
         L1Entry(bits: table.pointee.entries[index].load(ordering: .acquiring))
     }
 
+    /// The L1 entry for a guest offset; nothing where the table ends before it.
+    func l1Entry(ofGuest guest: UInt64) -> L1Entry {
+        let index = Int(truncatingIfNeeded: guest &>> coverageBits)
+        return index < l1EntryCount ? l1Entry(index) : L1Entry(bits: 0)
+    }
+
     /// Bytes of the disk that one L2 table describes, as a power of two.
     package var coverageBits: UInt64 { clusterBits &+ tableBits }
 
@@ -172,7 +178,8 @@ package final class ClusterMap: Sendable {
             let index = Int(truncatingIfNeeded: cluster & (1 &<< sliceBits &- 1))
             if let (slot, version) = cache.find(slice) {
                 let extent = run(
-                    cache.words(of: slot), index, guest, limit, tableIsCopied: entry.isCopied)
+                    cache.words(of: slot), index, guest, limit,
+                    tableIsCopied: entry.isCopiedAndKnown)
                 if cache.isUnchanged(slot, version) { return extent }
                 continue
             }
@@ -229,6 +236,7 @@ package final class ClusterMap: Sendable {
             let bits = entries[next].load(ordering: .relaxed)
             if bits != expected {
                 guard kind == .zeroAllocated, !hasDataFile,
+                    L2Entry(bits: bits).reservedBits == entry.reservedBits,
                     L2Entry(bits: bits).kind(clusterMask: clusterMask, version: version) == kind
                 else { break }
             }
@@ -237,7 +245,8 @@ package final class ClusterMap: Sendable {
             next &+= 1
         }
         return Extent(
-            kind, isCopied: tableIsCopied && entry.isCopied, host: entry.offset &+ intoCluster,
+            kind, isCopied: tableIsCopied && entry.isCopiedAndKnown,
+            host: entry.offset &+ intoCluster,
             byteCount: min(byteCount, limit))
     }
 }
