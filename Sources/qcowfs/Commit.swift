@@ -18,24 +18,14 @@ struct Commit: Verb {
     var image: String
 
     func perform() throws -> Int32 {
-        let bar = progress.report(of: "commit")
-        Interruption.watch()
-        do throws(ImageError) {
+        try progress.run(
+            "commit", on: image, interrupted: "the image is as it was, commit it again"
+        ) { progress throws(ImageError) in
             try BackingCommit.run(
                 path: image,
-                options: OpenOptions(
-                    policy: policy.policy, passphrases: try passphrases.source()),
-                empties: !keepsImage
-            ) {
-                bar?.update($0)
-                return !Interruption.hasCome
-            }
-        } catch {
-            bar?.clear()
-            guard error.kind == .cancelled else { throw error }
-            throw Failure(image, "interrupted; the image is as it was, commit it again")
+                options: OpenOptions(policy: policy.policy, passphrases: try passphrases.source()),
+                empties: !keepsImage, progress: progress)
         }
-        bar?.finish()
         print("Image committed.")
         return 0
     }

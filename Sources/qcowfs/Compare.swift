@@ -32,12 +32,11 @@ struct Compare: Verb {
     func perform() throws -> Int32 {
         let one = try sources.open(first, format: firstFormat)
         let other = try sources.open(second, format: secondFormat)
-        let bar = progress.report(of: "compare")
-        let outcome = try Comparison.compare(one, other, isStrict: isStrict) {
-            bar?.update($0)
-            return true
+        let outcome = try progress.run(
+            "compare", on: first, interrupted: "nothing was changed"
+        ) { progress throws(ImageError) in
+            try Comparison.compare(one, other, isStrict: isStrict, progress: progress)
         }
-        bar?.finish()
         let (a, b) = (one.size, other.size)
         try one.close()
         try other.close()

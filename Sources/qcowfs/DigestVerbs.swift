@@ -37,12 +37,11 @@ struct DigestOptions: ParsableArguments {
 
     func run(_ algorithm: DiskDigest.Algorithm, verb: String) throws -> Int32 {
         let disk = try sources.open(image, format: format)
-        let bar = progress.report(of: verb)
-        let digest = try DiskDigest.compute(algorithm, of: disk) {
-            bar?.update($0)
-            return true
+        let digest = try progress.run(
+            verb, on: image, interrupted: "nothing was changed"
+        ) { progress throws(ImageError) in
+            try DiskDigest.compute(algorithm, of: disk, progress: progress)
         }
-        bar?.finish()
         try disk.close()
         let text = digest.map { byte in
             (byte < 16 ? "0" : "") + String(byte, radix: 16)

@@ -21,24 +21,22 @@ struct Discard: Verb {
             options: OpenOptions(
                 policy: policy.policy, passphrases: try passphrases.source()))
         defer { try? disk.close() }
-        let bar = progress.report(of: "discard")
-        Interruption.watch()
-        do throws(ImageError) {
-            let freed = try ZeroReclaim.run(on: disk, threadCount: Processors.count) {
-                bar?.update($0)
-                return !Interruption.hasCome
+        let freed = try progress.run(
+            "discard", on: image, interrupted: "what was found so far is given back"
+        ) { progress throws(ImageError) in
+            do throws(ImageError) {
+                let freed = try ZeroReclaim.run(
+                    on: disk, threadCount: Processors.count, progress: progress)
+                try disk.close()
+                return freed
+            } catch {
+                if error.kind == .cancelled { try disk.close() }
+                throw error
             }
-            bar?.finish()
-            try disk.close()
-            switch output.form {
-            case .json: print(JSON.object([("discarded", .number(freed))]).text)
-            case .human: print("\(ByteSize(byteCount: freed)) given back")
-            }
-        } catch {
-            bar?.clear()
-            guard error.kind == .cancelled else { throw error }
-            try disk.close()
-            throw Failure(image, "interrupted; what was found so far is given back")
+        }
+        switch output.form {
+        case .json: print(JSON.object([("discarded", .number(freed))]).text)
+        case .human: print("\(ByteSize(byteCount: freed)) given back")
         }
         return 0
     }

@@ -1,5 +1,6 @@
 internal import ArgumentParser
 internal import Glibc
+internal import QCOW2
 
 /// How long work says how far it has come.
 struct ProgressOptions: ParsableArguments {
@@ -18,6 +19,31 @@ struct ProgressOptions: ParsableArguments {
         let wantsBar = !quiet && (progress || isatty(STDERR_FILENO) != 0)
         guard wantsBar || progressFd != nil else { return nil }
         return ProgressReport(verb, showsBar: wantsBar, descriptor: progressFd)
+    }
+
+    /// Does long work, which a first Ctrl-C or SIGTERM ends between two steps.
+    /// - Parameters:
+    ///   - place: The file that a message is about.
+    ///   - outcome: What is true when the work was interrupted.
+    ///   - work: Given what to tell the part that is done; that answers false to end the work.
+    func run<Result>(
+        _ verb: String, on place: String, interrupted outcome: String,
+        _ work: (_ progress: @escaping (Double) -> Bool) throws(ImageError) -> Result
+    ) throws -> Result {
+        let bar = report(of: verb)
+        Interruption.watch()
+        do throws(ImageError) {
+            let result = try work {
+                bar?.update($0)
+                return !Interruption.hasCome
+            }
+            bar?.finish()
+            return result
+        } catch {
+            bar?.clear()
+            guard error.kind == .cancelled else { throw error }
+            throw Failure(place, "interrupted; " + outcome)
+        }
     }
 }
 

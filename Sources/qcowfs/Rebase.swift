@@ -28,23 +28,14 @@ struct Rebase: Verb {
     var image: String
 
     func perform() throws -> Int32 {
-        let bar = progress.report(of: "rebase")
-        Interruption.watch()
-        do throws(ImageError) {
+        try progress.run(
+            "rebase", on: image, interrupted: "it keeps its backing file, and its disk is the same"
+        ) { progress throws(ImageError) in
             try QCOW2.Rebase.run(
                 path: image, onto: backing.isEmpty ? nil : backing, format: format?.source,
                 isUnsafe: isUnsafe, options: OpenOptions(policy: policy.policy),
-                threadCount: Processors.count
-            ) {
-                bar?.update($0)
-                return !Interruption.hasCome
-            }
-        } catch {
-            bar?.clear()
-            guard error.kind == .cancelled else { throw error }
-            throw Failure(image, "interrupted; it keeps its backing file, and its disk is the same")
+                threadCount: Processors.count, progress: progress)
         }
-        bar?.finish()
         return 0
     }
 }
