@@ -185,12 +185,16 @@ extension OwnAccess {
 
     private func answer(_ pending: PendingSeek) {
         let reply = Reply(pending.request)
-        let wasFlushed = node(pending.number).map { flush($0) } ?? false
-        if wasFlushed || dropPages(of: pending.number) {
+        if pagesAreOut(of: pending.number) {
             seek(pending.target, from: pending.offset, in: pending.image.pointer, reply)
         } else {
             answerAllData(pending, reply)
         }
+    }
+
+    /// Makes the kernel hand over its dirty pages; false where it could not be asked.
+    private func pagesAreOut(of number: fuse_ino_t) -> Bool {
+        node(number).map { flush($0) } ?? false || dropPages(of: number)
     }
 
     /// Makes the kernel write and forget its pages: slower, but possible without a path.
@@ -246,8 +250,7 @@ extension OwnAccess {
     }
 
     private func answer(_ pending: PendingRead) {
-        let wasFlushed = node(pending.number).map { flush($0) } ?? false
-        guard wasFlushed || dropPages(of: pending.number) else {
+        guard pagesAreOut(of: pending.number) else {
             return Reply(pending.request).status(EIO)
         }
         serve(pending.request) {
