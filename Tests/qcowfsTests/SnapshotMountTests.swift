@@ -76,6 +76,31 @@ struct SnapshotMountTests {
         withExtendedLifetime(file) {}
     }
 
+    @Test("A snapshot's file is read-only to its owner as to root, and says so")
+    func readOnlyToItsOwner() throws {
+        guard geteuid() == 0 else { return }
+        let folder = try TemporaryDirectory(in: "/tmp")
+        chmod(folder.path, 0o755)
+        let image = folder.file("disk.qcow2")
+        try makeImage(image)
+        try snapshot("-c", "kept", image)
+        let mount = try TestMount(
+            image, in: folder, options: ["--snapshots", "-o", "allow_other,uid=65534,gid=65534"])
+        let file = mount.mountpoint + "/disk@kept.raw"
+        for user in ["0", "65534"] {
+            let write = try Command.run([
+                "setpriv", "--reuid=\(user)", "--regid=\(user)", "--clear-groups", "sh", "-c",
+                "exec 3<>\"$1\"", "sh", file,
+            ])
+            #expect(write.status != 0 && write.errors.contains("Read-only"), "\(write)")
+            let read = try Command.run([
+                "setpriv", "--reuid=\(user)", "--regid=\(user)", "--clear-groups", "head", "-c",
+                "1", file,
+            ])
+            #expect(read.status == 0, "\(read)")
+        }
+    }
+
     @Test("An image of a snapshot mount is clean afterwards, and QEMU sees what was made")
     func cleanAfterwards() throws {
         let folder = try TemporaryDirectory()

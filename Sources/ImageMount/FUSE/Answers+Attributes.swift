@@ -25,8 +25,7 @@ func status(
 ) throws(SystemError) -> stat {
     let attributes = try node.pointee.attributes()
     return context.appearance.file(
-        attributes, inodeNumber: node.pointee.inodeNumber,
-        isReadOnly: node.pointee.source.isReadOnly)
+        attributes, inodeNumber: node.pointee.inodeNumber)
 }
 
 /// Takes a change of size; times are the image's own, owner and mode are the mount's.

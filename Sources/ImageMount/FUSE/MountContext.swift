@@ -96,13 +96,14 @@ struct Appearance: Sendable {
         return status
     }
 
-    /// What `stat` tells of a file with these attributes.
+    /// What `stat` tells of a file with these attributes.  A snapshot's is no other: whoever opens
+    /// one for writing shall hear that it is read-only, not that it is somebody else's.
     func file(
-        _ attributes: ImageAttributes, inodeNumber: UInt64, isReadOnly: Bool = false
+        _ attributes: ImageAttributes, inodeNumber: UInt64
     ) -> stat {
         var status = stat()
         status.st_ino = ino_t(inodeNumber)
-        status.st_mode = S_IFREG | (isReadOnly ? fileMode & ~0o222 : fileMode)
+        status.st_mode = S_IFREG | fileMode
         status.st_nlink = 1
         status.st_uid = owner
         status.st_gid = group
