@@ -118,6 +118,9 @@ public final class Image: Sendable {
 
     public var isReadOnly: Bool { writing == nil }
 
+    /// Whether any file of the chain keeps its guest data encrypted.
+    public var isEncrypted: Bool { (0..<layerCount).contains { layers[$0].isEncrypted } }
+
     /// The top layer's header as it was at open.
     public var header: Header {
         guard let header = top.header else { preconditionFailure("the top layer is a qcow2 image") }

@@ -38,7 +38,8 @@ struct MountFlags: ParsableArguments {
 
     @Option(
         help: ArgumentHelp(
-            "Send writes to a new overlay: a file that stays, or tmp for one that is dropped.",
+            "Send writes to a new overlay: a file that stays, or tmp for one that is dropped; over "
+                + "an encrypted image it is encrypted with the (first) passphrase too.",
             valueName: "file|tmp"))
     var overlay: String?
 

@@ -48,6 +48,18 @@ public final class Passphrase: Sendable {
         }
     }
 
+    /// One that nobody can guess, for a file that nobody opens again.
+    public static func random() throws(ImageError) -> Passphrase {
+        do throws(EncryptionError) {
+            return Passphrase(
+                try SecretBytes(count: 32) { room throws(EncryptionError) in
+                    try RandomBytes.fill(room)
+                })
+        } catch {
+            throw ImageError(.encryption(error), file: "")
+        }
+    }
+
     /// Wipes the bytes now; nothing opens with them afterwards.
     public func wipe() { secret.wipe() }
 
@@ -80,6 +92,16 @@ public struct PassphraseSource: Sendable {
     public init(_ passphrases: [Passphrase] = [], question: Question? = nil) {
         self.passphrases = passphrases
         self.question = question
+    }
+
+    /// The same, with what `question` answers for `file` where no passphrase was given.
+    /// - Throws: `.encryption` where there is nobody to ask.
+    public func answered(for file: String) throws(ImageError) -> PassphraseSource {
+        guard passphrases.isEmpty else { return self }
+        guard let asked = try question?(file) else {
+            throw ImageError(.encryption(.passphraseNeeded), file: file)
+        }
+        return PassphraseSource([asked])
     }
 
     /// Wipes the passphrases; nothing opens with them afterwards.
