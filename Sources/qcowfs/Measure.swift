@@ -34,16 +34,14 @@ struct Measure: Verb {
     }
 
     func perform() throws -> Int32 {
-        let disk = try source.map { try sources.open($0, format: sourceFormat) }
+        let disk = try source.map { try open($0) }
         let byteCount = disk?.size ?? size?.byteCount ?? 0
         let measured: Measurement
         if targetFormat == .raw {
             measured = Measurement(rawDiskOf: byteCount)
         } else {
-            var wanted = NewImageOptions(image: source ?? "")
-            try wanted.read(options)
             measured = try Measurement(
-                imageOf: byteCount, holding: disk, options: wanted.options)
+                imageOf: byteCount, holding: disk, options: newImageOptions())
         }
         try disk?.close()
         switch output.form {
@@ -60,5 +58,19 @@ struct Measure: Verb {
             if let bitmaps = measured.bitmaps { print("bitmaps size: \(bitmaps)") }
         }
         return 0
+    }
+
+    /// Where data is can be told without decrypting it.
+    private func open(_ source: String) throws -> SourceDisk {
+        var options = try sources.openOptions()
+        options.passphrases = .locked
+        return try SourceDisk(path: source, format: sourceFormat?.source, options: options)
+    }
+
+    private func newImageOptions() throws -> CreateOptions {
+        var wanted = NewImageOptions(image: source ?? "")
+        try wanted.read(options)
+        // A LUKS header is as long whatever passphrase opens it.
+        return try wanted.complete { try Passphrase.random() }
     }
 }

@@ -56,8 +56,15 @@ struct Resize: Verb {
             let preallocation = CreateOptions.Preallocation(rawValue: preallocation)
         else { throw ValidationError("no size") }
         let (shrink, quiet) = (shrink, quiet)
-        try HeldImage.change(words[0], policy: policy.policy, passphrases) {
-            image throws(ImageError) in
+        try HeldImage.change(
+            words[0],
+            opening: { path throws(ImageError) in
+                try Image.open(
+                    path,
+                    options: OpenOptions(
+                        policy: policy.policy, passphrases: try passphrases.source()))
+            }
+        ) { image throws(ImageError) in
             try Self.judge(change, of: image, shrink)
             try image.resize(change, shrinking: shrink, preallocation: preallocation)
         } throughDaemon: { holder throws(MountError) in
@@ -96,14 +103,13 @@ struct Resize: Verb {
 /// An image that a verb changes: itself, or through the daemon that has it mounted.
 enum HeldImage {
     static func change(
-        _ path: String, policy: OpenPolicy, _ passphrases: PassphraseOptions,
+        _ path: String, opening: (String) throws(ImageError) -> Image,
         _ body: (Image) throws(ImageError) -> Void,
         throughDaemon: (ImageHolder) throws(MountError) -> Void
     ) throws {
         let image: Image
         do throws(ImageError) {
-            image = try Image.open(
-                path, options: OpenOptions(policy: policy, passphrases: try passphrases.source()))
+            image = try opening(path)
         } catch {
             guard case .locked = error.kind, let holder = ImageHolder.find(path) else {
                 throw error

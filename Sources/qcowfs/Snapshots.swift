@@ -39,8 +39,9 @@ struct Snapshots: Verb {
 
     @OptionGroup var output: OutputOptions
 
-    @OptionGroup var passphrases: PassphraseOptions
-    @OptionGroup var policy: PolicyOptions
+    // No backing file is opened and no guest data is decrypted; for habit's sake.
+    @OptionGroup(visibility: .hidden) var passphrases: PassphraseOptions
+    @OptionGroup(visibility: .hidden) var policy: PolicyOptions
 
     @Argument(help: "The image.")
     var image: String
@@ -82,7 +83,9 @@ struct Snapshots: Verb {
         throughDaemon: (ImageHolder) throws(MountError) -> Void
     ) throws {
         try HeldImage.change(
-            image, policy: policy.policy, passphrases, body, throughDaemon: throughDaemon)
+            image,
+            opening: { path throws(ImageError) in try Image.openAlone(path) },
+            body, throughDaemon: throughDaemon)
     }
 
     private func snapshots() throws -> [Snapshot] {

@@ -77,7 +77,7 @@ extension AmendOptions {
         }
         if old.compressionType != .deflate { return "is compressed with zstd" + wayOut }
         if old.autoclearFeatures.contains(.bitmaps), old.bitmaps != nil {
-            return "has bitmaps" + wayOut + ": remove them first"
+            return "has bitmaps" + wayOut + ": remove them first, with bitmap --remove"
         }
         if old.encryptionMethod != 0, old.backingFile != nil {
             return "is encrypted over a backing file" + wayOut

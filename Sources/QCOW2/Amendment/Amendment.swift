@@ -14,7 +14,7 @@ extension Image {
         if let header { _ = try options.amended(header, file: path) }
         if header?.incompatibleFeatures.contains(.dirty) == true {
             // Opening an image that was not closed rebuilds its counts.
-            try Image.open(path, options: OpenOptions(policy: policy, passphrases: .locked)).close()
+            try Image.openAlone(path).close()
         }
         // Version 2 cannot change the size of an image with snapshots.
         if options.version == .v2 { try amendSize(path, options, policy) }

@@ -32,24 +32,6 @@ extension Image {
         try image.close()
     }
 
-    /// Opens an image without its backing files: for what needs metadata alone.
-    fileprivate static func openAlone(
-        _ path: String, access: FileDevice.Access
-    ) throws(ImageError) -> Image {
-        let device = try FileDevice(path: path, access: access, mapsBytes: false)
-        do throws(ImageError) {
-            try ImageLock.take(access == .readWrite ? .writer : .reader, on: device)
-            // No guest data is read or written: an external data file may lie anywhere.
-            return try Image.open(
-                device, dataFile: device,
-                options: OpenOptions(
-                    access: access == .readWrite ? .readWrite : .readOnly, passphrases: .locked))
-        } catch {
-            device.close()
-            throw error
-        }
-    }
-
     /// Plans `changes` to the bitmap `name`, in a session that writes nothing else; closing the
     /// image stores them.
     package func changeBitmap(

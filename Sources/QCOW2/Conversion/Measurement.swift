@@ -43,7 +43,8 @@ public struct Measurement: Equatable, Sendable {
         }
     }
 
-    /// Bytes of the header, of all tables for `disk` bytes, and of the counts for both.
+    /// Bytes of the header, of all tables for `disk` bytes, of the counts for both, and of a LUKS
+    /// header.
     private static func metadataByteCount(
         ofDisk disk: UInt64, _ options: CreateOptions
     ) throws(ImageError) -> UInt64 {
@@ -62,7 +63,10 @@ public struct Measurement: Equatable, Sendable {
             if needed == blocks && room == table { break }
             (blocks, table) = (needed, room)
         }
+        // Its counts are left out, as qemu-img does.
+        let luks = options.encryption.map { LUKSVolume.areaByteCount(of: $0.suite) } ?? 0
         return cluster &+ l1ByteCount &+ l2ByteCount &+ (blocks &+ table) &* cluster
+            &+ roundedUp(luks, to: cluster)
     }
 
     private static func roundedUp(_ number: UInt64, to unit: UInt64) -> UInt64 {
