@@ -33,19 +33,10 @@ struct Amend: Verb, ImageOptionReader {
         for (name, value) in options.flatMap(OptionList.pairs) {
             try set(name, to: value, in: &wanted)
         }
-        let bar = progress.report(of: "amend")
-        Interruption.watch()
-        do throws(ImageError) {
-            try Image.amend(image, options: wanted, policy: policy.policy) {
-                bar?.update($0)
-                return !Interruption.hasCome
-            }
-        } catch {
-            bar?.clear()
-            guard error.kind == .cancelled else { throw error }
-            throw Failure(image, "interrupted; it is as it was")
+        try progress.run("amend", on: image, interrupted: "it is as it was") {
+            [wanted] progress throws(ImageError) in
+            try Image.amend(image, options: wanted, policy: policy.policy, progress: progress)
         }
-        bar?.finish()
         return 0
     }
 

@@ -133,7 +133,7 @@ public struct Header: Sendable, Hashable {
 
 extension Header {
     /// The fields of both versions; `bytes` are at least 72.
-    private init(fixedPart bytes: UnsafeRawBufferPointer) {
+    init(fixedPart bytes: UnsafeRawBufferPointer) {
         func u32(_ offset: Int) -> UInt32 { bytes.bigEndian(at: offset) ?? 0 }
         func u64(_ offset: Int) -> UInt64 { bytes.bigEndian(at: offset) ?? 0 }
         version = u32(4)
@@ -150,7 +150,7 @@ extension Header {
         snapshotsOffset = u64(64)
     }
 
-    private mutating func parseVersion3Fields(_ bytes: UnsafeRawBufferPointer) throws(FormatError) {
+    mutating func parseVersion3Fields(_ bytes: UnsafeRawBufferPointer) throws(FormatError) {
         guard let incompatible = bytes.bigEndian(at: 72, as: UInt64.self),
             let compatible = bytes.bigEndian(at: 80, as: UInt64.self),
             let autoclear = bytes.bigEndian(at: 88, as: UInt64.self),
@@ -185,7 +185,7 @@ extension Header {
         compressionType = known
     }
 
-    private mutating func parseBackingName(_ bytes: UnsafeRawBufferPointer) throws(FormatError) {
+    mutating func parseBackingName(_ bytes: UnsafeRawBufferPointer) throws(FormatError) {
         guard backingFileOffset != 0 else { return }
         guard backingFileOffset <= clusterByteCount, backingFileOffset >= UInt64(byteCount) else {
             throw .outOfRange(
@@ -208,7 +208,7 @@ extension Header {
         backingFile = end == start ? nil : String(decoding: bytes[start..<end], as: UTF8.self)
     }
 
-    private mutating func parseExtensions(_ bytes: UnsafeRawBufferPointer) throws(FormatError) {
+    mutating func parseExtensions(_ bytes: UnsafeRawBufferPointer) throws(FormatError) {
         let start = min(Int(byteCount), bytes.count)
         var end = backingFileOffset == 0 ? bytes.count : min(Int(backingFileOffset), bytes.count)
         end = max(min(end, Int(clusterByteCount)), start)

@@ -64,6 +64,22 @@ public struct Snapshot: Sendable, Hashable {
         return (snapshots, offset)
     }
 
+    /// The entries up to the first one that makes no sense, at most `count`.
+    package static func parsePrefix(
+        _ bytes: UnsafeRawBufferPointer, count: Int
+    ) -> [Snapshot] {
+        var snapshots: [Snapshot] = []
+        var offset = 0
+        do throws(FormatError) {
+            while snapshots.count < count {
+                let (snapshot, length) = try parseEntry(bytes, at: offset)
+                snapshots.append(snapshot)
+                offset &+= (length &+ 7) & ~7  // bounded by bytes.count + 7
+            }
+        } catch {}
+        return snapshots
+    }
+
     /// Parses the entry at `offset`; throws `.truncated` where `bytes` end before it does.
     private static func parseEntry(
         _ bytes: UnsafeRawBufferPointer, at offset: Int
