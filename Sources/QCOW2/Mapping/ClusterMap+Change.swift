@@ -67,6 +67,8 @@ extension ClusterMap {
     package func replaceTable(_ index: Int, by offset: UInt64, clearingCopied: Bool) {
         state.withLock { state in
             if clearingCopied { clearCopied(inTable: index, &state) }
+            // The new table is on the disk before the L1 entry, even if its count is there already.
+            state.exposesData = true
             let old = l1Entry(index)
             table.pointee.entries[index].store(
                 L1Entry(copiedTableAt: offset).bits, ordering: .releasing)
