@@ -89,10 +89,16 @@ extension Image {
 
     /// Makes sure that the L2 table for `guest` exists and is ours alone.
     func makeTableWritable(at guest: UInt64, _ writing: Writing) throws(ImageError) {
-        if map.hasWritableTable(at: guest) { return try checkTable(at: guest, writing) }
+        if map.hasWritableTable(at: guest), try isAlone(tableAt: guest, writing) { return }
         try writing.tables.withLock { _ throws(ImageError) in
-            if !map.hasWritableTable(at: guest) { try replaceTable(at: guest, writing) }
+            try makeTableWritableAlone(at: guest, writing)
         }
+    }
+
+    /// The same for whoever holds the lock for replacing tables.
+    func makeTableWritableAlone(at guest: UInt64, _ writing: Writing) throws(ImageError) {
+        if map.hasWritableTable(at: guest), try isAlone(tableAt: guest, writing) { return }
+        try replaceTable(at: guest, writing)
     }
 
     /// Gives `guest` a table of its own: empty, or a copy of the shared one without COPIED.
@@ -152,21 +158,25 @@ extension Image {
         }
     }
 
-    /// Before a table is changed for the first time: it must not lie where other metadata is.
-    private func checkTable(at guest: UInt64, _ writing: Writing) throws(ImageError) {
+    /// Whether a table that is marked COPIED is what it says, judged before it is changed for the
+    /// first time; it must not lie where other metadata is.
+    ///
+    /// A snapshot that a power cut interrupted leaves tables with a count that is too high, and one
+    /// that is really shared must stay as it is: either is replaced by a copy.
+    private func isAlone(tableAt guest: UInt64, _ writing: Writing) throws(ImageError) -> Bool {
         let offset = map.l1Entry(Int(truncatingIfNeeded: guest &>> map.coverageBits)).offset
-        if writing.checkedTables.withLock({ $0.contains(offset) }) { return }
-        guard !writing.guarded.collides(tableAt: offset),
-            try writing.allocator.count(of: offset &>> map.clusterBits) == 1
-        else {
+        if writing.checkedTables.withLock({ $0.contains(offset) }) { return true }
+        let count = try writing.allocator.count(of: offset &>> map.clusterBits)
+        guard count > 0, !writing.guarded.collides(tableAt: offset) else {
             throw stopWriting(
                 top.file.corrupt(
                     "the L2 table at \(hex(offset)) (guest offset "
-                        + "\(hex(guest))) lies where other metadata is, or is "
-                        + "shared although it is marked COPIED"),
+                        + "\(hex(guest))) lies where other metadata is, or is not allocated"),
                 writing)
         }
+        guard count == 1 else { return false }
         writing.checkedTables.withLock { _ = $0.insert(offset) }
+        return true
     }
 
     // MARK: Before a write

@@ -21,7 +21,7 @@ extension Image {
                 return map.l1EntryCount
             }
             coverMissing(upTo: index, writing)
-            let table = map.l1Entry(index)
+            var table = map.l1Entry(index)
             guard table.offset & map.clusterMask == 0 else {
                 throw top.fault(
                     Extent(.corrupt, host: table.bits, byteCount: 0),
@@ -29,7 +29,8 @@ extension Image {
             }
             if table.isCopied {
                 // Judged while its count still is 1.
-                try makeTableWritable(at: UInt64(index) &<< map.coverageBits, writing)
+                try makeTableWritableAlone(at: UInt64(index) &<< map.coverageBits, writing)
+                table = map.l1Entry(index)
             }
             try writing.commit.excluding { () throws(ImageError) in
                 try writing.allocator.raise([
