@@ -59,8 +59,11 @@ extension Image {
     private func checkWidth(_ writing: Writing) throws(ImageError) {
         guard writing.allocator.format.order <= 3 else { return }
         try writing.commit.now()
-        try activeTree.forEachReference(.refused) { runs throws(ImageError) in
-            try writing.allocator.checkRaising(runs)
+        // No commit runs, so nothing that the file's tables refer to is given to anybody else.
+        try writing.commit.excluding { () throws(ImageError) in
+            try activeTree.forEachReference(.refused) { runs throws(ImageError) in
+                try writing.allocator.checkRaising(runs)
+            }
         }
     }
 
