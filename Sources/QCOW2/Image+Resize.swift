@@ -103,8 +103,7 @@ extension Image {
         }
         try mapRawDataFile(old..<new, writing)
         try writing.commit.now()
-        writing.header.change { $0.storeBigEndian(new, at: HeaderField.size) }
-        try writing.commit.now()
+        try storeSize(new, writing)
         writing.bitmaps.recordSize(from: old, to: new)
         currentSize.store(new, ordering: .releasing)
     }
@@ -156,8 +155,7 @@ extension Image {
         ranges.lockEverything()
         defer { ranges.unlockEverything() }
         let old = size
-        writing.header.change { $0.storeBigEndian(new, at: HeaderField.size) }
-        try writing.commit.now()
+        try storeSize(new, writing)
         writing.bitmaps.recordSize(from: old, to: new)
         currentSize.store(new, ordering: .releasing)
         let end = (new &+ map.clusterMask) & ~map.clusterMask
@@ -168,6 +166,20 @@ extension Image {
         try writing.commit.now()
         try writing.commit.cutFile()
         try cutDataFile(to: new)
+    }
+
+    /// Makes `new` the size that the header has, durably.
+    private func storeSize(_ new: UInt64, _ writing: Writing) throws(ImageError) {
+        let old = size
+        writing.header.change { $0.storeBigEndian(new, at: HeaderField.size) }
+        do throws(ImageError) {
+            try writing.commit.now()
+        } catch {
+            // The transaction that failed is tried again: the next one puts back what clients go on
+            // with.
+            writing.header.change { $0.storeBigEndian(old, at: HeaderField.size) }
+            throw error
+        }
     }
 
     /// Drops the clusters of `range` that lie in a table that stays.
