@@ -37,7 +37,13 @@ extension ClusterAllocator {
         // `growTable` may have brought blocks of its own.
         guard let index = state.table.firstIndex(of: 0) else { return }
         if let run = try take(1, true, &state) {
-            try place(block: index, at: run.first, &state)
+            do throws(ImageError) {
+                try place(block: index, at: run.first, &state)
+            } catch {
+                try setCount(0, of: run.first, &state)
+                state.hint = min(state.hint, run.first)
+                throw error
+            }
         } else {
             let first = UInt64(index) &<< blockBits
             try place(block: index, at: first, &state)
