@@ -68,8 +68,10 @@ let package = Package(
             swiftSettings: settings),
 
         // What tests share, and a folder of tests for each target.
+        .target(name: "CTurns", path: "Tests/Turns", cSettings: gnu),
         .target(
-            name: "TestSupport", dependencies: ["QCOW2", "CZlib", "CZstd"], path: "Tests/Support",
+            name: "TestSupport", dependencies: ["QCOW2", "CZlib", "CZstd", "CTurns"],
+            path: "Tests/Support",
             cSettings: gnu, swiftSettings: settings),
         .testTarget(
             name: "QCOW2Tests", dependencies: ["QCOW2", "TestSupport", "CZlib", "CZstd"],

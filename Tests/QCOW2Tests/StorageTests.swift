@@ -59,6 +59,14 @@ struct StorageTests {
     }
 
     @Test(
+        "So does one whose system transfers less than asked, and is interrupted",
+        arguments: 1...4 as ClosedRange<UInt64>)
+    func shortTransfers(seed: UInt64) throws {
+        let device = try FileDevice(path: try place.file("a"), access: .readWrite)
+        try withShortTransfers { try walk(device, seed: seed, steps: 150) }
+    }
+
+    @Test(
         "So does one past the page cache, with any alignment",
         arguments: 1...4 as ClosedRange<UInt64>)
     func direct(seed: UInt64) throws {

@@ -1,4 +1,5 @@
-internal import Foundation
+internal import CTurns
+internal import Glibc
 internal import Synchronization
 
 /// Runs `body` once on each of `count` threads of its own and returns when all have ended.
@@ -7,23 +8,56 @@ internal import Synchronization
 package func onThreads(
     _ count: Int, _ body: @escaping @Sendable (Int) throws -> Void
 ) throws {
-    let failure = FirstError()
-    let threads = (0..<count).map { index in
-        let done = DispatchSemaphore(value: 0)
-        let thread = Thread {
-            do { try body(index) } catch { failure.keep(error) }
-            done.signal()
-        }
-        thread.stackSize = 1 << 20
-        thread.start()
-        return done
+    let jobs = (0..<count).map { ThreadJob(index: $0, body) }
+    let threads = jobs.map { job in
+        var thread = pthread_t()
+        let code = pthread_create(
+            &thread, nil,
+            { argument in
+                Unmanaged<ThreadJob>.fromOpaque(argument!).takeRetainedValue().run()
+                return nil
+            }, Unmanaged.passRetained(job).toOpaque())
+        precondition(code == 0, "no thread: \(String(cString: strerror(code)))")
+        return thread
     }
-    for done in threads { done.wait() }
-    if let error = failure.error { throw error }
+    for thread in threads { pthread_join(thread, nil) }
+    for job in jobs { if let error = job.error { throw error } }
 }
 
-private final class FirstError: Sendable {
-    private let first = Mutex<(any Error)?>(nil)
-    var error: (any Error)? { first.withLock { $0 } }
-    func keep(_ error: any Error) { first.withLock { $0 = $0 ?? error } }
+private final class ThreadJob: Sendable {
+    private let index: Int
+    private let body: @Sendable (Int) throws -> Void
+    private let failure = Mutex<(any Error)?>(nil)
+
+    init(index: Int, _ body: @escaping @Sendable (Int) throws -> Void) {
+        (self.index, self.body) = (index, body)
+    }
+
+    var error: (any Error)? { failure.withLock { $0 } }
+
+    func run() {
+        do { try body(index) } catch { failure.withLock { $0 = error } }
+    }
+}
+
+/// Runs `body` so that of its thread and of all that it starts only one runs at a time, and `seed`
+/// alone decides which: another run with the same seed is the same run.
+///
+/// Threads are exchanged where one waits, and at each call of a yielding `RecordingDevice`.  A
+/// deadlock ends the program with a message that has the seed.
+package func takingTurns<Result>(seed: UInt64, _ body: () throws -> Result) rethrows -> Result {
+    turns_begin(seed)
+    defer { _ = turns_end() }
+    return try body()
+}
+
+/// Lets another thread have its turn; false where threads take no turns.
+@discardableResult
+package func passTurn() -> Bool { turns_pass() }
+
+/// Runs `body` with a system that reads and writes less than asked, or is interrupted.
+package func withShortTransfers(_ body: () throws -> Void) rethrows {
+    transfers_be_short(true)
+    defer { transfers_be_short(false) }
+    try body()
 }
