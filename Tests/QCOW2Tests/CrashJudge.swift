@@ -5,136 +5,123 @@ import TestSupport
 ///
 /// Reads with the tests' own reader only.
 struct CrashJudge {
-    private struct Version {
-        let id: Int
-        let value: UInt64
-    }
-
     private let layout: CrashLayout
-    /// What the snapshot holds.
-    private let kept: [UInt64]
-    /// Per sector, ascending: the value at the last acknowledged flush, and those issued since.
-    private var versions: [[Version]]
-    private var returned: Set<Int> = []
+    private(set) var model: CrashModel
+    /// What is so once the change under way is there.
+    private var after: CrashModel?
+    private var change: CrashChange?
+    /// Steps that have returned.
+    private var returned: Set<Int> = [0]
     /// Per flush that is under way: the last version of each sector that it must make durable.
     private var promised: [Int: [Int: Int]] = [:]
-    private let buffer: UnsafeMutableRawBufferPointer
 
-    init(_ layout: CrashLayout, initial: [UInt64]) {
-        self.layout = layout
-        kept = initial
-        versions = initial.map { [Version(id: 0, value: $0)] }
-        buffer = .allocate(byteCount: layout.byteCount, alignment: 4096)
-    }
+    init(_ layout: CrashLayout, _ model: CrashModel) { (self.layout, self.model) = (layout, model) }
 
-    func end() { buffer.deallocate() }
-
-    /// Takes in what a client did.
-    mutating func advance(_ note: RecordingDevice.Note) {
+    /// Takes in what a client did; `durable` is what is on the disk for good.
+    mutating func advance(
+        _ note: CrashNote, durable: () throws(ReferenceReader.Fault) -> CrashFinding
+    ) throws(ReferenceReader.Fault) {
         switch note {
-        case .issued(let id, let sectors, let value):
-            for sector in sectors { versions[sector].append(Version(id: id, value: value)) }
+        case .issued(let id, let range, let value):
+            model.issue(id, range, value)
+            after?.issue(id, range, value)
+            if case .create(let name) = change {
+                for sector in range { after?.snapshots[name]?[sector].append(value) }
+            }
         case .returned(let id): returned.insert(id)
         case .flushCalled(let id): promised[id] = promises()
         case .flushReturned(let id):
-            for (sector, version) in promised.removeValue(forKey: id) ?? [:] {
-                versions[sector].removeAll { $0.id < version }
-            }
+            let promises = promised.removeValue(forKey: id) ?? [:]
+            model.settle(promises)
+            after?.settle(promises)
+        case .began(let id, let change):
+            returned.insert(id)
+            self.change = change
+            after = model.applying(change, id: id) { sector in live(sector).map(\.value) }
+        case .refused: (after, change) = (nil, nil)
+        case .ended: try end(try durable())
         }
     }
 
     private func promises() -> [Int: Int] {
         var promises: [Int: Int] = [:]
-        for (sector, list) in versions.enumerated() where list.count > 1 {
-            promises[sector] = list.last { $0.id == 0 || returned.contains($0.id) }?.id
+        for sector in model.sectors.indices where model.sectors[sector].count > 1 {
+            promises[sector] = live(sector).first?.id
         }
         return promises
     }
 
+    /// The version that was written last, and one that is being written.
+    private func live(_ sector: Int) -> ArraySlice<CrashModel.Version> {
+        let versions = model.sectors[sector]
+        return versions[(versions.lastIndex { returned.contains($0.id) } ?? 0)...]
+    }
+
+    /// The change is there for good, and what was open about it is settled.
+    private mutating func end(_ found: CrashFinding) throws(ReferenceReader.Fault) {
+        guard let change, let after else { return }
+        model = after
+        (self.change, self.after) = (nil, nil)
+        if let fault = model.fault(in: found, bitmapsMayBeGone: false) { throw .init(fault) }
+        let exact = try CrashModel(of: found)
+        switch change {
+        case .create(let name): model.snapshots[name] = exact.snapshots[name]
+        case .bitmap:
+            for (name, bitmap) in exact.bitmaps where !bitmap.isEnabled && bitmap.isValid {
+                model.bitmaps[name]?.kept = bitmap.kept
+                model.bitmaps[name]?.isExact = true
+            }
+        case .repair, .rewrite, .close:
+            guard found.leakCount <= model.leakCount else {
+                throw .init("I8: \(found.leakCount) clusters leak, \(model.leakCount) did before")
+            }
+        case .apply, .delete, .resize: break
+        }
+    }
+
     /// Nil where the state is one that may be; otherwise what is wrong with it.
-    func fault(in state: UnsafeRawBufferPointer, isClosed: Bool = false) -> String? {
+    func fault(in state: UnsafeRawBufferPointer) -> String? {
         do throws(ReferenceReader.Fault) {
-            let files = layout.files(of: state)
-            let reader = try ReferenceReader(files.image, dataFile: files.data)
-            let audit = reader.audit()
-            if let fault = audit.faults.first { return fault }
-            if isClosed && audit.leakCount > 0 {
-                return "I8: \(audit.leakCount) clusters leak after a clean close"
-            }
-            if let fault = try activeFault(reader) { return fault }
-            if layout.isRaw, let data = files.data {
-                buffer.copyMemory(from: data)
-                if let fault = sectorFault("of the raw data file ") { return fault }
-            }
-            return try snapshotFault(reader)
-        } catch { return "I3: \(error)" }
-    }
-
-    private func activeFault(
-        _ reader: ReferenceReader
-    ) throws(ReferenceReader.Fault) -> String? {
-        try read(reader, through: reader.active)
-        return sectorFault()
-    }
-
-    /// The first sector in the buffer that holds none of what it may.
-    private func sectorFault(_ place: String = "") -> String? {
-        for sector in 0..<layout.sectorCount {
-            let value = value(of: sector)
-            if versions[sector].contains(where: { $0.value == value }) { continue }
-            return "I4: sector \(sector) \(place)holds "
-                + (value.map(String.init) ?? "foreign or torn bytes")
-                + ", which is none of \(versions[sector].map(\.value))"
-        }
-        return nil
-    }
-
-    private func snapshotFault(
-        _ reader: ReferenceReader
-    ) throws(ReferenceReader.Fault) -> String? {
-        guard layout.hasSnapshot else { return nil }
-        guard let snapshot = try reader.snapshots().entries.first else {
-            return "I6: the snapshot is gone"
-        }
-        try read(reader, through: snapshot.table)
-        for sector in 0..<layout.sectorCount where value(of: sector) != kept[sector] {
-            return "I6: sector \(sector) of the snapshot has changed"
-        }
-        return nil
-    }
-
-    private func read(
-        _ reader: ReferenceReader, through table: ReferenceReader.L1Table
-    ) throws(ReferenceReader.Fault) {
-        guard layout.hasBacking else { return try reader.read(into: buffer, at: 0, through: table) }
-        try reader.read(into: buffer, at: 0, through: table) { offset, part in
-            for position in stride(from: 0, to: part.count, by: 512) {
-                SectorPattern.fill(
-                    UnsafeMutableRawBufferPointer(rebasing: part[position..<position + 512]),
-                    sector: (offset + position) / 512, value: CrashLayout.backed)
-            }
-        }
-    }
-
-    private func value(of sector: Int) -> UInt64? {
-        SectorPattern.value(
-            of: UnsafeRawBufferPointer(rebasing: buffer[sector * 512..<(sector + 1) * 512]),
-            sector: sector)
+            let found = try CrashFinding(in: state, layout)
+            let mayBeGone =
+                switch change {
+                case .bitmap, .close: true
+                default: false
+                }
+            let fault = model.fault(in: found, bitmapsMayBeGone: mayBeGone)
+            guard let fault, let after else { return fault }
+            let other = after.fault(in: found, bitmapsMayBeGone: mayBeGone)
+            return other.map { "\(fault), and after \(change.map { "\($0)" } ?? ""): \($0)" }
+        } catch { return "\(error)" }
     }
 }
 
 extension CrashJudge {
+    struct Verdict {
+        var stateCount = 0
+        var fault: String?
+        /// One of the states, drawn by the seed.
+        var sample: [UInt8] = []
+    }
+
     /// Judges the states that cuts during a recorded run could have left.
-    ///
-    /// Returns how many were judged, and the first fault.
     static func judge(
-        _ record: RecordingDevice, _ layout: CrashLayout, initial: [UInt64], seed: UInt64,
-        effort: CrashExplorer.Effort = CrashExplorer.Effort()
-    ) -> (stateCount: Int, fault: String?) {
-        var judge = CrashJudge(layout, initial: initial)
-        defer { judge.end() }
+        _ record: RecordingDevice, _ layout: CrashLayout, model: CrashModel, seed: UInt64,
+        effort: CrashExplorer.Effort = CrashExplorer.Effort(prefixes: 10, singles: 4, subsets: 10)
+    ) -> Verdict {
+        var judge = CrashJudge(layout, model)
         var explorer = CrashExplorer(initial: record.initial, seed: seed, effort: effort)
-        var random = RepeatableRandom(seed: seed)
+        var random = RepeatableRandom(seed: seed &+ 1)
+        var verdict = Verdict()
+        func explore(_ explorer: inout CrashExplorer) -> String? {
+            explorer.explore { state in
+                verdict.stateCount += 1
+                if random.chance(oneIn: UInt64(verdict.stateCount)) {
+                    verdict.sample = [UInt8](state)
+                }
+                return judge.fault(in: state)
+            }
+        }
         for (index, moment) in record.moments.enumerated() {
             let isInteresting =
                 switch moment {
@@ -142,17 +129,33 @@ extension CrashJudge {
                 case .flushed: true
                 default: random.chance(oneIn: 40)
                 }
-            if isInteresting, let fault = explorer.explore({ judge.fault(in: $0) }) {
-                return (explorer.stateCount, "moment \(index): \(fault)")
-            }
+            if isInteresting { verdict.fault = explore(&explorer) }
             explorer.advance(moment)
-            guard case .note(let note) = moment else { continue }
-            judge.advance(note)
-            if case .flushReturned = note, let fault = explorer.explore({ judge.fault(in: $0) }) {
-                return (explorer.stateCount, "moment \(index), after a flush: \(fault)")
+            if verdict.fault == nil, case .note(let note) = moment, let note = note as? CrashNote {
+                verdict.fault = judge.take(note, &explorer)
+                if case .flushReturned = note, verdict.fault == nil {
+                    verdict.fault = explore(&explorer)
+                }
+            }
+            guard verdict.fault == nil else {
+                verdict.fault = "moment \(index), \(verdict.fault ?? "")"
+                return verdict
             }
         }
-        let fault = record.bytes.withUnsafeBytes { judge.fault(in: $0, isClosed: true) }
-        return (explorer.stateCount + 1, fault.map { "after a clean close: \($0)" })
+        return verdict
+    }
+
+    private mutating func take(_ note: CrashNote, _ explorer: inout CrashExplorer) -> String? {
+        do throws(ReferenceReader.Fault) {
+            try advance(note) { [layout] () throws(ReferenceReader.Fault) in
+                let result = explorer.withDurable { state in
+                    Result { () throws(ReferenceReader.Fault) in
+                        try CrashFinding(in: state, layout)
+                    }
+                }
+                return try result.get()
+            }
+            return nil
+        } catch { return "after \(note): \(error)" }
     }
 }

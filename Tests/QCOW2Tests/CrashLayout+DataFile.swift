@@ -12,6 +12,7 @@ extension CrashLayout {
             byteCount: byteCount, clusterBits: clusterBits, refcountOrder: refcountOrder)
         image.incompatibleFeatures = 4
         image.autoclearFeatures = isRaw ? 2 : 0
+        image.backingName = hasBacking ? "backing.raw" : nil
         var data: [UInt8] = []
         var values = [UInt64](repeating: hasBacking ? Self.backed : 0, count: sectorCount)
         for cluster in 0..<guestClusters {
@@ -35,6 +36,7 @@ extension CrashLayout {
                 isStored
                 ? SectorPattern.bytes(sectors: sectors, value: value) : Self.leftover(sectors)
         }
+        addBitmaps(to: &image)
         var bytes = image.build()
         precondition(bytes.count <= Self.imageRoom, "the image is too large for its part")
         bytes.append(contentsOf: repeatElement(0, count: Self.imageRoom - bytes.count))
@@ -48,15 +50,22 @@ extension CrashLayout {
 
     /// Opens the image of a record; `data` is what the engine sees of the data file.
     func open(
-        _ record: RecordingDevice, through device: (RecordingDevice) -> any BlockDevice,
-        data: (any BlockDevice) -> any BlockDevice
+        _ record: RecordingDevice, through device: (RecordingDevice) -> any BlockDevice = { $0 },
+        data: (any BlockDevice) -> any BlockDevice = { $0 }
     ) throws -> Image {
+        let image = self.device(of: record)
         guard hasDataFile else { return try Image.open(device(record), backing: backing()) }
         let room = Self.imageRoom
-        let image = RecordedPart(record, 0..<room, length: room, name: "disk.qcow2")
         let file = RecordedPart(
             record, room..<room + byteCount, length: byteCount, name: "disk.data")
         return try Image.open(image, dataFile: data(file), backing: backing())
+    }
+
+    /// The image's file alone.
+    func device(of record: RecordingDevice) -> any BlockDevice {
+        guard hasDataFile else { return record }
+        let room = Self.imageRoom
+        return RecordedPart(record, 0..<room, length: room, name: "disk.qcow2")
     }
 
     /// The two files of a state that a cut left.
@@ -84,6 +93,6 @@ extension CrashLayout {
             hasBacking: true, hasDataFile: true),
         CrashLayout(
             clusterBits: 12, guestClusters: 64, hasSnapshot: false, hasDataFile: true, isRaw: true,
-            commitInterval: 2),
+            hasBitmaps: true, commitInterval: 2),
     ]
 }

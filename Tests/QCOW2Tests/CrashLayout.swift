@@ -16,6 +16,12 @@ struct CrashLayout: Sendable, CustomTestStringConvertible {
     var isRaw = false
     /// Whether L2 entries have 32 subclusters.
     var isExtended = false
+    /// Whether each guest cluster is stored.
+    var isFull = false
+    /// Whether there are bitmaps, one of them disabled, and how many bytes of another extension lie
+    /// before theirs in the header.
+    var hasBitmaps = false
+    var headerFill = 0
     /// Milliseconds between commits of the engine's own; nil for none.
     var commitInterval: Int?
 
@@ -30,6 +36,7 @@ struct CrashLayout: Sendable, CustomTestStringConvertible {
             .joined(separator: ", ") + (hasSnapshot ? ", snapshot" : "")
             + (hasDataFile ? (isRaw ? ", raw data file" : ", data file") : "")
             + (isExtended ? ", subclusters" : "")
+            + (hasBitmaps ? ", bitmaps behind \(headerFill) bytes" : "")
             + (hasBacking ? ", backing" : "") + (hasCompressed ? ", compressed" : "")
             + (commitInterval == nil ? "" : ", timer")
     }
@@ -48,6 +55,7 @@ struct CrashLayout: Sendable, CustomTestStringConvertible {
         var image = ImageBuilder(
             byteCount: byteCount, version: version, clusterBits: clusterBits,
             refcountOrder: refcountOrder, isExtended: isExtended)
+        image.backingName = hasBacking ? "backing.raw" : nil
         var values = [UInt64](repeating: hasBacking ? Self.backed : 0, count: sectorCount)
         for cluster in 0..<guestClusters {
             let sectors = cluster * sectorsPerCluster..<(cluster + 1) * sectorsPerCluster
@@ -67,6 +75,7 @@ struct CrashLayout: Sendable, CustomTestStringConvertible {
                         bitmap >> (index + 32) & 1 == 1 || !hasBacking ? 0 : Self.backed
                 }
             case 0, 5: image.write(bytes(Self.stored), guestCluster: cluster)
+            case _ where isFull: image.write(bytes(Self.stored), guestCluster: cluster)
             case 2 where hasCompressed, 3 where hasCompressed:
                 image.compress(bytes(Self.compressed), guestCluster: cluster)
             case 6 where version == 3:
@@ -80,7 +89,18 @@ struct CrashLayout: Sendable, CustomTestStringConvertible {
             }
         }
         if hasSnapshot { image.snapshot("kept") }
+        addBitmaps(to: &image)
         return (image.build(), values)
+    }
+
+    func addBitmaps(to image: inout ImageBuilder) {
+        guard hasBitmaps else { return }
+        if headerFill > 0 {
+            image.extensions = [(0x1234_5678, [UInt8](repeating: 7, count: headerFill))]
+        }
+        image.bitmap("backup", granularityBits: 12, bits: [0x0f])
+        image.bitmap("fine", granularityBits: 9)
+        image.bitmap("old", granularityBits: 13, flags: 0, bits: [0x05])
     }
 
     /// The backing file's bytes, all of them of the right sectors.
@@ -96,29 +116,51 @@ struct CrashLayout: Sendable, CustomTestStringConvertible {
         CrashLayout(clusterBits: 9, guestClusters: 192, hasBacking: true, commitInterval: 2),
         CrashLayout(clusterBits: 9, refcountOrder: 6, guestClusters: 192, hasCompressed: true),
         CrashLayout(version: 2, clusterBits: 9, guestClusters: 192, commitInterval: 3),
+        CrashLayout(
+            version: 2, clusterBits: 9, guestClusters: 192, hasSnapshot: false, hasBacking: true),
         CrashLayout(clusterBits: 9, refcountOrder: 0, guestClusters: 192, hasSnapshot: false),
-        CrashLayout(clusterBits: 12, refcountOrder: 2, guestClusters: 96, hasBacking: true),
+        // One table of the refcounts is nearly used up.
         CrashLayout(
-            clusterBits: 12, refcountOrder: 3, guestClusters: 96, hasCompressed: true,
+            clusterBits: 9, refcountOrder: 6, guestClusters: 3600, hasSnapshot: false,
+            isFull: true),
+        CrashLayout(clusterBits: 10, refcountOrder: 5, guestClusters: 128, hasBacking: true),
+        CrashLayout(clusterBits: 11, refcountOrder: 3, guestClusters: 96, hasCompressed: true),
+        CrashLayout(clusterBits: 12, refcountOrder: 2, guestClusters: 64, hasBacking: true),
+        CrashLayout(
+            clusterBits: 12, refcountOrder: 3, guestClusters: 64, hasCompressed: true,
             commitInterval: 2),
-        CrashLayout(version: 2, clusterBits: 12, guestClusters: 96, hasBacking: true),
+        CrashLayout(version: 2, clusterBits: 12, guestClusters: 64, hasBacking: true),
         CrashLayout(
-            clusterBits: 12, refcountOrder: 5, guestClusters: 96, hasBacking: true,
+            clusterBits: 12, refcountOrder: 5, guestClusters: 64, hasBacking: true,
             hasCompressed: true),
-        CrashLayout(clusterBits: 16, guestClusters: 16, hasBacking: true),
-        CrashLayout(clusterBits: 16, refcountOrder: 6, guestClusters: 16, hasCompressed: true),
+        CrashLayout(clusterBits: 13, guestClusters: 48, hasBacking: true, hasCompressed: true),
+        CrashLayout(clusterBits: 15, refcountOrder: 5, guestClusters: 16, commitInterval: 2),
+        CrashLayout(clusterBits: 16, guestClusters: 12, hasBacking: true),
+        CrashLayout(clusterBits: 16, refcountOrder: 6, guestClusters: 12, hasCompressed: true),
+    ]
+
+    static let withSubclusters: [CrashLayout] = [
+        CrashLayout(clusterBits: 14, guestClusters: 24, hasBacking: true, isExtended: true),
         CrashLayout(
-            clusterBits: 16, refcountOrder: 3, guestClusters: 16, hasBacking: true,
-            commitInterval: 2),
-        CrashLayout(clusterBits: 14, guestClusters: 32, hasBacking: true, isExtended: true),
-        CrashLayout(
-            clusterBits: 14, refcountOrder: 3, guestClusters: 32, hasCompressed: true,
+            clusterBits: 14, refcountOrder: 3, guestClusters: 24, hasCompressed: true,
             isExtended: true, commitInterval: 2),
         CrashLayout(
-            clusterBits: 14, refcountOrder: 0, guestClusters: 32, hasSnapshot: false,
+            clusterBits: 14, refcountOrder: 0, guestClusters: 24, hasSnapshot: false,
             hasBacking: true, isExtended: true),
         CrashLayout(
-            clusterBits: 16, guestClusters: 16, hasBacking: true, isExtended: true,
+            clusterBits: 16, guestClusters: 8, hasBacking: true, isExtended: true,
             commitInterval: 3),
+    ]
+
+    /// The bitmaps' extension in the header's first sector, in the second, and in both.
+    static let withBitmaps: [CrashLayout] = [
+        CrashLayout(clusterBits: 9, guestClusters: 192, hasBitmaps: true),
+        CrashLayout(
+            clusterBits: 12, guestClusters: 48, hasSnapshot: false, hasBacking: true,
+            hasBitmaps: true, headerFill: 384),
+        CrashLayout(
+            clusterBits: 12, refcountOrder: 3, guestClusters: 48, hasCompressed: true,
+            hasBitmaps: true, headerFill: 376, commitInterval: 2),
+        CrashLayout(clusterBits: 14, guestClusters: 24, isExtended: true, hasBitmaps: true),
     ]
 }

@@ -1,10 +1,9 @@
-import Glibc
 import QCOW2
 import Synchronization
 import TestSupport
 
 /// Threads that write, overwrite, discard, zero, read and flush an image on a recording device,
-/// noting each step in the record.
+/// while one changes the image's structure; each notes its steps in the record.
 struct CrashWorkload {
     struct WrongRead: Error, CustomStringConvertible { let description: String }
 
@@ -12,55 +11,164 @@ struct CrashWorkload {
     let seed: UInt64
     var threadCount = 3
     var stepCount = 40
+    /// Snapshots made, applied and deleted, sizes changed, and so on.
+    var changeCount = 0
+    /// Whether the device may fail: then so may steps, and clients go on.
+    var meetsFaults = false
 
-    /// Runs the steps, closes the image, and returns the record.
+    /// Runs the steps on the layout's image, closes it, and returns the record.
     ///
     /// `device`: what the engine sees of the recording device; `data`: what it sees of the external
     /// data file.
     func run(
         through device: (RecordingDevice) -> any BlockDevice = { $0 },
         data: (any BlockDevice) -> any BlockDevice = { $0 }
-    ) throws -> (record: RecordingDevice, values: [UInt64]) {
-        let (bytes, values) = layout.build()
-        let record = RecordingDevice(bytes, seed: seed)
-        let image = try layout.open(record, through: device, data: data)
+    ) throws -> (record: RecordingDevice, model: CrashModel) {
+        let (record, model) = try layout.record()
+        let steps = CrashSteps(record)
+        try takingTurns(seed: seed) {
+            try use(try layout.open(record, through: device, data: data), steps)
+        }
+        return (record, model)
+    }
+
+    /// Runs the steps and closes the image.
+    func use(_ image: Image, _ steps: CrashSteps) throws {
         if let interval = layout.commitInterval {
             image.startCommitting(every: .milliseconds(interval))
         }
-        let run = Run(layout: layout, image: image, record: record, values: values)
-        let (seed, stepCount) = (seed, stepCount)
         do {
-            try onThreads(threadCount) { index in
+            let clients = try CrashClients(layout, image, steps, meetsFaults: meetsFaults)
+            let (seed, stepCount, changeCount) = (seed, stepCount, changeCount)
+            try onThreads(threadCount + (changeCount > 0 ? 1 : 0)) { index in
                 var random = RepeatableRandom(seed: seed &* 31 &+ UInt64(index))
-                for _ in 0..<stepCount { try run.step(&random) }
+                if index == threadCount {
+                    let names = CrashNames(layout, image, seed: seed)
+                    for _ in 0..<changeCount { try clients.change(&random, names) }
+                } else {
+                    for _ in 0..<stepCount { try clients.step(&random) }
+                }
             }
         } catch {
             try? image.close()
             throw error
         }
-        try image.close()
-        return (record, values)
+        do { try steps.change(.close) { try image.close() } } catch {
+            guard meetsFaults, error is ImageError else { throw error }
+        }
     }
 }
 
-private final class Run: Sendable {
+extension CrashLayout {
+    /// A recording device with the layout's image, and what that may hold.
+    func record() throws -> (RecordingDevice, CrashModel) {
+        let (bytes, values) = build()
+        let found = try bytes.withUnsafeBytes { try CrashFinding(in: $0, self) }
+        guard found.disk == values.map(Optional.some) else {
+            throw ReferenceReader.Fault("the reader sees another disk than the builder made")
+        }
+        return (RecordingDevice(bytes), try CrashModel(of: found))
+    }
+}
+
+/// The steps of a record, numbered.
+final class CrashSteps: Sendable {
+    let record: RecordingDevice
+    private let next = Atomic(1)
+
+    init(_ record: RecordingDevice) { self.record = record }
+
+    func number() -> Int { next.add(1, ordering: .relaxed).oldValue }
+
+    /// Makes a change; false where it was refused.
+    @discardableResult
+    func change(_ change: CrashChange, _ body: () throws -> Void) throws -> Bool {
+        let id = number()
+        record.note(.began(id: id, change))
+        do { try body() } catch let error as ImageError {
+            guard case .invalidArgument = error.kind else { throw error }
+            record.note(.refused(id: id))
+            return false
+        }
+        record.note(.ended(id: id))
+        return true
+    }
+
+    func flush(_ image: Image) throws {
+        let id = number()
+        record.note(.flushCalled(id: id))
+        try image.flush()
+        record.note(.flushReturned(id: id))
+    }
+}
+
+/// What several clients of one image share.
+final class CrashClients: Sendable {
     let layout: CrashLayout
     let image: Image
-    let record: RecordingDevice
-    let reservations = RangeReservations()
-    let nextID = Atomic(1)
+    let steps: CrashSteps
+    private let reservations = RangeReservations()
     /// What each sector holds for a reader now.
-    let latest: Mutex<[UInt64]>
+    private let latest: Mutex<[UInt64]>
+    /// Sectors that a step which failed may have changed or not.
+    private let unknown = Mutex<Set<Int>>([])
+    private let meetsFaults: Bool
+    private let gate = Monitor(Gate())
 
-    init(layout: CrashLayout, image: Image, record: RecordingDevice, values: [UInt64]) {
-        (self.layout, self.image, self.record) = (layout, image, record)
+    private struct Gate {
+        var isClosed = false
+        var insideCount = 0
+    }
+
+    /// - Throws: Where the engine does not read what the tests' own reader reads.
+    init(
+        _ layout: CrashLayout, _ image: Image, _ steps: CrashSteps, meetsFaults: Bool = false
+    ) throws {
+        (self.layout, self.image, self.steps) = (layout, image, steps)
+        self.meetsFaults = meetsFaults
+        let values = try Self.values(of: image)
+        let found = try steps.record.withBytes { bytes in
+            Result { () throws(ReferenceReader.Fault) in try CrashFinding(in: bytes, layout) }
+        }.get()
+        guard found.disk == values.map(Optional.some) else {
+            throw CrashWorkload.WrongRead(description: "the engine reads another disk")
+        }
         latest = Mutex(values)
     }
 
+    private static func values(of image: Image) throws -> [UInt64] {
+        let bytes = try image.bytes(0..<Int(image.size))
+        return try bytes.withUnsafeBytes { bytes in
+            try (0..<bytes.count / 512).map { sector in
+                guard let value = CrashFinding.value(of: sector, in: bytes) else {
+                    throw CrashWorkload.WrongRead(description: "sector \(sector) reads garbage")
+                }
+                return value
+            }
+        }
+    }
+
+    // MARK: Steps
+
     func step(_ random: inout RepeatableRandom) throws {
-        switch random.number(below: 20) {
+        _ = gate.waitFor { gate -> Bool? in
+            if gate.isClosed { return nil }
+            gate.insideCount += 1
+            return true
+        }
+        defer {
+            gate.withLock { $0.insideCount -= 1 }
+            gate.announceChange()
+        }
+        do { try take(&random) } catch {
+            guard meetsFaults, error is ImageError else { throw error }
+        }
+    }
+
+    private func take(_ random: inout RepeatableRandom) throws {
+        switch random.number(below: 22) {
         case 0..<10: try change(sectors(&random)) { try self.write($0, value: $1) }
-        case 10..<12 where layout.canDiscard:
+        case 10..<12 where canDiscard:
             let range = layout.isExtended ? sectors(&random) : clusters(&random)
             try change(range, zeroing: true) { sectors, _ in
                 try self.image.discard(self.bytes(sectors))
@@ -70,25 +178,34 @@ private final class Run: Sendable {
                 try self.image.writeZeroes(
                     self.bytes(sectors), keepingSpace: sectors.lowerBound % 2 == 0)
             }
-        case 14..<16: try flush()
+        case 14..<16: try steps.flush(image)
         // Changes nothing that can be read, so it may run beside whatever else is going on.
         case 16: try image.allocate(bytes(sectors(&random)))
+        case 17..<19 where layout.hasCompressed:
+            let range = clusters(&random).prefix(layout.sectorsPerCluster)
+            guard range.count == layout.sectorsPerCluster else { return }
+            try change(range.startIndex..<range.endIndex) { try self.compress($0, value: $1) }
         default: try read(sectors(&random))
         }
     }
 
+    /// A discard on version 2 over a backing file cannot hide it, so what it gives is not told.
+    private var canDiscard: Bool { image.header.version == 3 || !layout.hasBacking }
+
     /// A few sectors, mostly less than a cluster, often near others, so that clusters are shared.
     private func sectors(_ random: inout RepeatableRandom) -> Range<Int> {
+        let end = latest.withLock { $0.count }
         let most = random.chance(oneIn: 4) ? layout.sectorsPerCluster * 2 + 1 : 6
-        let count = min(1 + random.number(below: most), layout.sectorCount)
-        let start = random.number(below: layout.sectorCount - count + 1)
+        let count = min(1 + random.number(below: most), end)
+        let start = random.number(below: end - count + 1)
         return start..<start + count
     }
 
     private func clusters(_ random: inout RepeatableRandom) -> Range<Int> {
-        let count = 1 + random.number(below: 3)
-        let start = random.number(below: layout.guestClusters - count + 1)
-        return start * layout.sectorsPerCluster..<(start + count) * layout.sectorsPerCluster
+        let end = latest.withLock { $0.count }
+        let first = random.number(below: end / layout.sectorsPerCluster + 1)
+        let start = min(first * layout.sectorsPerCluster, end - 1)
+        return start..<min(start + (1 + random.number(below: 3)) * layout.sectorsPerCluster, end)
     }
 
     private func bytes(_ sectors: Range<Int>) -> Range<UInt64> {
@@ -98,47 +215,70 @@ private final class Run: Sendable {
     private func change(
         _ sectors: Range<Int>, zeroing: Bool = false, _ body: (Range<Int>, UInt64) throws -> Void
     ) throws {
-        let id = nextID.add(1, ordering: .relaxed).newValue
-        let value: UInt64 = zeroing ? 0 : UInt64(id) + 1000
         _ = try reservations.with(sectors) {
-            record.note(.issued(id: id, sectors: sectors, value: value))
-            try body(sectors, value)
+            let id = steps.number()
+            let value: UInt64 = zeroing ? 0 : UInt64(id) + 1000
+            steps.record.note(.issued(id: id, sectors: sectors, value: value))
+            do { try body(sectors, value) } catch {
+                unknown.withLock { $0.formUnion(sectors) }
+                throw error
+            }
+            unknown.withLock { $0.subtract(sectors) }
             latest.withLock { latest in for sector in sectors { latest[sector] = value } }
-            record.note(.returned(id: id))
+            steps.record.note(.returned(id: id))
         }
     }
 
     private func write(_ sectors: Range<Int>, value: UInt64) throws {
-        try SectorPattern.bytes(sectors: sectors, value: value).withUnsafeBytes {
-            try image.write($0, at: UInt64(sectors.lowerBound * 512))
-        }
+        try image.write(
+            SectorPattern.bytes(sectors: sectors, value: value), at: sectors.lowerBound * 512)
     }
 
-    private func flush() throws {
-        let id = nextID.add(1, ordering: .relaxed).newValue
-        record.note(.flushCalled(id: id))
-        try image.flush()
-        record.note(.flushReturned(id: id))
+    private func compress(_ sectors: Range<Int>, value: UInt64) throws {
+        let stream = Streams.deflate(SectorPattern.bytes(sectors: sectors, value: value))
+        try stream.withUnsafeBytes {
+            try image.writeStream($0, at: UInt64(sectors.lowerBound * 512))
+        }
     }
 
     private func read(_ sectors: Range<Int>) throws {
         _ = try reservations.with(sectors) {
-            var bytes = [UInt8](repeating: 0xFF, count: sectors.count * 512)
-            try bytes.withUnsafeMutableBytes {
-                try image.read(into: $0, at: UInt64(sectors.lowerBound * 512))
-            }
+            let bytes = try image.bytes(sectors.lowerBound * 512..<sectors.upperBound * 512)
             for sector in sectors {
                 let start = (sector - sectors.lowerBound) * 512
                 let found = bytes[start..<start + 512].withUnsafeBytes {
                     SectorPattern.value(of: $0, sector: sector)
                 }
                 let expected = latest.withLock { $0[sector] }
+                if unknown.withLock({ $0.contains(sector) }) { continue }
                 guard found == expected else {
                     throw CrashWorkload.WrongRead(
-                        description: "sector \(sector) reads \(found.map(String.init) ?? "garbage")"
+                        description: "sector \(sector) reads \(CrashModel.words(found))"
                             + ", \(expected) was written last")
                 }
             }
+        }
+    }
+
+    // MARK: What they stop for
+
+    /// Runs `body` while no client has a step under way, then looks what the disk holds now.
+    func stopping(_ body: () throws -> Void) throws {
+        gate.withLock { $0.isClosed = true }
+        defer {
+            gate.withLock { $0.isClosed = false }
+            gate.announceChange()
+        }
+        _ = gate.waitFor { $0.insideCount == 0 ? true : nil }
+        try body()
+        let values = try Self.values(of: image)
+        latest.withLock { $0 = values }
+    }
+
+    /// The disk has become larger.
+    func grow(to sectorCount: Int) {
+        latest.withLock { latest in
+            latest += [UInt64](repeating: 0, count: max(0, sectorCount - latest.count))
         }
     }
 }

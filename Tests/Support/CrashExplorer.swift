@@ -30,13 +30,14 @@ package struct CrashExplorer {
         let call: Int
         let offset: Int
         let bytes: [UInt8]
+        /// Whether the file ends at `offset` then; its bytes behind it are zeros.
+        var cuts = false
         var hasReturned = false
     }
 
     private var durable: [UInt8]
     private var durableLength: Int
     private var pending: [Pending] = []
-    private var truncations: [(call: Int, byteCount: Int)] = []
     private var covered: [Int: Set<Int>] = [:]
     private var random: RepeatableRandom
     private let effort: Effort
@@ -55,13 +56,8 @@ package struct CrashExplorer {
         case .write(let call, let offset, let bytes):
             pending.append(Pending(call: call, offset: offset, bytes: bytes))
         case .resize(let call, let byteCount):
-            truncations.append((call, byteCount))
-            let rest = durable.count - byteCount
-            if rest > 0 {
-                pending.append(
-                    Pending(
-                        call: call, offset: byteCount, bytes: [UInt8](repeating: 0, count: rest)))
-            }
+            let rest = [UInt8](repeating: 0, count: max(0, durable.count - byteCount))
+            pending.append(Pending(call: call, offset: byteCount, bytes: rest, cuts: true))
         case .returned(let call):
             for index in pending.indices where pending[index].call == call {
                 pending[index].hasReturned = true
@@ -79,18 +75,18 @@ package struct CrashExplorer {
     private mutating func settle(_ calls: Set<Int>) {
         for write in pending where calls.contains(write.call) {
             durable.put(write.bytes, at: write.offset)
-            durableLength = max(durableLength, write.offset + write.bytes.count)
+            let end = write.offset + write.bytes.count
+            durableLength = write.cuts ? write.offset : max(durableLength, end)
         }
         pending.removeAll { calls.contains($0.call) }
-        for (call, byteCount) in truncations where calls.contains(call) || byteCount > durableLength
-        {
-            durableLength = byteCount
-        }
-        truncations.removeAll { calls.contains($0.call) }
     }
 
-    /// Whether writes are under way that a cut may or may not lose.
-    package var hasPending: Bool { !pending.isEmpty }
+    /// Hands `body` the state that is durable at this moment.
+    package func withDurable<Result>(_ body: (UnsafeRawBufferPointer) -> Result) -> Result {
+        durable.withUnsafeBytes { bytes in
+            body(UnsafeRawBufferPointer(rebasing: bytes[..<min(durableLength, bytes.count)]))
+        }
+    }
 
     /// Hands `judge` states that a cut at this moment could leave, until it finds fault.
     package mutating func explore(
@@ -147,13 +143,24 @@ package struct CrashExplorer {
         }
     }
 
+    /// How long the file is at least: as the last sync left it, or as a later change of the length
+    /// or a write behind the end, whose bytes need not have landed, would have it.
+    private mutating func fileLength() -> Int {
+        let lengths = pending.compactMap { write in
+            let end = write.offset + write.bytes.count
+            return write.cuts ? write.offset : end > durableLength ? end : nil
+        }
+        guard !lengths.isEmpty, random.chance(oneIn: 3) else { return durableLength }
+        return lengths[random.number(below: lengths.count)]
+    }
+
     /// Builds the state in place, has it judged, and takes it back.
     private mutating func judged(
         _ choice: [Int], of landings: [Landing], by judge: (UnsafeRawBufferPointer) -> String?
     ) -> String? {
         stateCount += 1
         var undo: [(Int, [UInt8])] = []
-        var length = durableLength
+        var length = fileLength()
         for index in choice {
             let landing = landings[index]
             let end = landing.start + landing.within.count
@@ -168,6 +175,9 @@ package struct CrashExplorer {
                 }
             }
             length = max(length, end)
+        }
+        if length > durable.count {
+            durable.append(contentsOf: repeatElement(0, count: length - durable.count))
         }
         let fault = durable.withUnsafeBytes {
             judge(UnsafeRawBufferPointer(rebasing: $0[..<min(length, $0.count)]))

@@ -18,16 +18,7 @@ package final class RecordingDevice: BlockDevice {
         case flush(Call, of: Range<Int>?)
         case flushed(Call)
         /// What a client of the engine noted; its meaning is the test's.
-        case note(Note)
-    }
-
-    /// A step of a client of the engine, told apart by the number it gave the step.
-    package enum Note: Sendable {
-        /// The sectors get the value of step `id`; 0 stands for zeros.
-        case issued(id: Int, sectors: Range<Int>, value: UInt64)
-        case returned(id: Int)
-        case flushCalled(id: Int)
-        case flushReturned(id: Int)
+        case note(any Sendable)
     }
 
     private struct State {
@@ -44,7 +35,8 @@ package final class RecordingDevice: BlockDevice {
     private let state: Mutex<State>
     private let yields: Bool
 
-    /// `yielding`: let other threads in between a call and its return, as a real disk does.
+    /// `yielding`: let other threads in between a call and its return, as a real disk does; which
+    /// ones, chance decides, or the seed of `takingTurns`.
     package init(
         _ bytes: [UInt8], name: String = "recorded.qcow2", seed: UInt64 = 1, yielding: Bool = true
     ) {
@@ -65,7 +57,7 @@ package final class RecordingDevice: BlockDevice {
         moments.count { if case .flushed = $0 { true } else { false } }
     }
 
-    package func note(_ note: Note) { state.withLock { $0.moments.append(.note(note)) } }
+    package func note(_ note: any Sendable) { state.withLock { $0.moments.append(.note(note)) } }
 
     package func byteCount() throws(SystemError) -> UInt64 {
         state.withLock { UInt64($0.current.count) }
@@ -74,7 +66,8 @@ package final class RecordingDevice: BlockDevice {
     package func read(
         into buffer: UnsafeMutableRawBufferPointer, at offset: UInt64
     ) throws(SystemError) -> Int {
-        state.withLock { state in
+        if yields { passTurn() }
+        return state.withLock { state in
             guard offset < UInt64(state.current.count) else { return 0 }
             let start = Int(offset)
             let count = min(buffer.count, state.current.count - start)
@@ -111,12 +104,16 @@ package final class RecordingDevice: BlockDevice {
         end(.returned(call))
     }
 
+    package func reserve(_ range: Range<UInt64>) throws(SystemError) {
+        if range.upperBound > (try byteCount()) { try resize(to: range.upperBound) }
+    }
+
     package func flush() throws(SystemError) { flush(of: nil) }
 
     /// A sync of a part that stands for a device of its own.
     func flush(of part: Range<Int>?) {
         let call = state.withLock { begin(.flush($0.nextCall, of: part), in: &$0) }
-        if yields { usleep(30) }
+        if yields, !passTurn() { usleep(30) }
         end(.flushed(call))
     }
 
@@ -138,7 +135,7 @@ package final class RecordingDevice: BlockDevice {
     private func end(_ moment: Moment) { state.withLock { $0.moments.append(moment) } }
 
     private func pause() {
-        guard yields else { return }
+        guard yields, !passTurn() else { return }
         switch state.withLock({ $0.random.number(below: 8) }) {
         case 0: usleep(20)
         case 1, 2: sched_yield()

@@ -177,6 +177,16 @@ extension ReferenceReader {
         refer(to: offset..<offset + byteCount, "the LUKS header", &audit)
     }
 
+    /// Whether no counter of the block at `block` from `position` on counts anything.
+    private func isZero(_ block: Int, from position: Int) -> Bool {
+        let start = block + position * refcountBits / 8
+        guard block != 0, start < block + clusterSize, block + clusterSize <= bytes.count else {
+            return false
+        }
+        let rest = UnsafeRawBufferPointer(rebasing: bytes[start..<block + clusterSize])
+        return rest[0] == 0 && rest.isZero
+    }
+
     private func compare(_ audit: inout Audit) {
         let perBlock = clusterSize * 8 / refcountBits
         for index in 0..<refcountTableClusters * entriesPerTable {
@@ -185,6 +195,8 @@ extension ReferenceReader {
             if block == 0 && first >= audit.references.count { continue }
             for position in 0..<perBlock {
                 let cluster = first + position
+                // Most of a block counts nothing.
+                if cluster == audit.references.count, isZero(block, from: position) { break }
                 let needed = cluster < audit.references.count ? audit.references[cluster] : 0
                 let count = block == 0 ? 0 : counter(position, in: block)
                 if count > needed { audit.leakCount += 1 }

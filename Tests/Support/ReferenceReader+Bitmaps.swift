@@ -49,7 +49,8 @@ extension ReferenceReader {
         let count = Int(bytes.number(at: entry + 8, as: UInt32.self))
         let granularity = 1 << Int(bytes.number(at: entry + 17, as: UInt8.self))
         let granules = (byteCount + granularity - 1) / granularity
-        if bytes.number(at: entry + 12, as: UInt32.self) & 1 == 0,
+        let isInUse = bytes.number(at: entry + 12, as: UInt32.self) & 1 == 1
+        if !isInUse,
             count != (granules + clusterSize * 8 - 1) / (clusterSize * 8)
         {
             throw Fault("a bitmap's table has \(count) entries for \(granules) granules")
@@ -58,14 +59,17 @@ extension ReferenceReader {
         for index in 0..<count {
             let part = number(table + index * 8)
             if part == 0 { continue }
-            for bit in 0..<clusterSize * 8 {
-                let byte = part == 1 ? 0xff : bytes.number(at: Int(part) + bit / 8, as: UInt8.self)
-                guard byte >> (bit % 8) & 1 == 1 else { continue }
-                let granule = index * clusterSize * 8 + bit
-                guard granule < granules || part == 1 else {
-                    throw Fault("a bit behind the disk's end is set")
+            for position in 0..<clusterSize {
+                let byte =
+                    part == 1 ? 0xff : bytes.number(at: Int(part) + position, as: UInt8.self)
+                if byte == 0 { continue }
+                for bit in 0..<8 where byte >> bit & 1 == 1 {
+                    let granule = (index * clusterSize + position) * 8 + bit
+                    guard granule < granules || part == 1 || isInUse else {
+                        throw Fault("a bit behind the disk's end is set")
+                    }
+                    if granule < granules { marked.append(granule) }
                 }
-                if granule < granules { marked.append(granule) }
             }
         }
         return marked

@@ -15,11 +15,11 @@ struct ConcurrencyTraps {
     func flushesOfQueues(_ layout: CrashLayout) throws {
         let seed = TestEnvironment.seed
         let workload = CrashWorkload(layout: layout, seed: seed, threadCount: 6, stepCount: 20)
-        let (record, initial) = try workload.run()
-        let (count, fault) = CrashJudge.judge(
-            record, layout, initial: initial, seed: seed,
+        let (record, model) = try workload.run()
+        let verdict = CrashJudge.judge(
+            record, layout, model: model, seed: seed,
             effort: CrashExplorer.Effort(prefixes: 4, singles: 1, subsets: 4))
-        #expect(fault == nil, "seed \(seed), \(count) states")
+        #expect(verdict.fault == nil, "seed \(seed), \(verdict.stateCount) states")
     }
 
     @Test(

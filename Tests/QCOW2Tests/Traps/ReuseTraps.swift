@@ -16,8 +16,7 @@ struct ReuseTraps {
                 clusterBits: 12, guestClusters: 40, hasSnapshot: false, hasCompressed: true),
         ])
     func reuseAfterDiscard(_ layout: CrashLayout) throws {
-        let (bytes, values) = layout.build()
-        let record = RecordingDevice(bytes, seed: TestEnvironment.seed)
+        let (record, model) = try layout.record()
         let image = try Image.open(record, backing: layout.backing())
         let client = NotedClient(image, record, layout)
         for round in 0..<8 {
@@ -29,10 +28,9 @@ struct ReuseTraps {
             try client.flush()
         }
         try image.close()
-        let (count, fault) = CrashJudge.judge(
-            record, layout, initial: values, seed: TestEnvironment.seed)
-        #expect(fault == nil, "seed \(TestEnvironment.seed), \(count) states")
-        #expect(count > 300)
+        let verdict = CrashJudge.judge(record, layout, model: model, seed: TestEnvironment.seed)
+        #expect(verdict.fault == nil, "seed \(TestEnvironment.seed)")
+        #expect(verdict.stateCount > 300)
     }
 
     @Test("Trap 42: a hole is punched before its cluster has a new owner, however long it takes")

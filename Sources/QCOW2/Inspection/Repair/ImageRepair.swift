@@ -27,13 +27,26 @@ public struct ImageRepair: Sendable {
     ) throws(ImageError) {
         let device = try Self.open(path)
         defer { device.close() }
+        try self.init(
+            on: device, scope: scope, undoPath: UndoFile.freePath(for: path), report: report,
+            announce: announce, progress: progress)
+    }
+
+    /// Repairs the image on a device, of which everything that can be read is durable.
+    ///
+    /// - Parameter undoPath: Where the replaced metadata is saved; nil for nowhere.
+    package init(
+        on device: any BlockDevice, scope: Scope, undoPath: String?,
+        report: @escaping (CheckFinding) -> Void = { _ in }, announce: (String) -> Void = { _ in },
+        progress: ((Double) -> Void)? = nil
+    ) throws(ImageError) {
         let before = try Examination(device, report: report, progress: progress)
         var planner = RepairPlanner(device, before, scope)
         let plan = try planner.plan()
-        undoPath = plan.isEmpty ? nil : UndoFile.freePath(for: path)
-        if let undoPath {
+        self.undoPath = plan.isEmpty ? nil : undoPath
+        if !plan.isEmpty {
             for line in plan.lines { announce(line) }
-            try UndoFile.write(plan, of: device, to: undoPath)
+            if let undoPath { try UndoFile.write(plan, of: device, to: undoPath) }
             try plan.execute(on: device)
         }
         let after = plan.isEmpty ? before.result : try Examination(device).result
