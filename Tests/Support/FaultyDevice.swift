@@ -2,26 +2,26 @@ internal import Glibc
 package import QCOW2
 internal import Synchronization
 
-/// A device whose n-th call of a kind fails, once or from then on.
+/// A device whose n-th call of a kind fails, once, a number of times or from then on.
 package final class FaultyDevice: ForwardingDevice {
-    package enum Kind: Sendable, CaseIterable { case read, write, flush, punch, resize }
+    package enum Kind: Sendable, CaseIterable { case read, write, flush, punch, resize, reserve }
 
     package struct Fault: Sendable {
         package var kind: Kind
         /// Which call of the kind fails, counted from 0.
         package var call: Int
         package var error: SystemError
-        /// Whether later calls fail too.
-        package var lasts: Bool
+        /// How many calls fail from that one on.
+        package var times: Int
         /// Bytes that a failing write stores before it fails.
         package var storing: Int
 
         package init(
             _ kind: Kind, call: Int, error: SystemError = .inputOutput, lasts: Bool = false,
-            storing: Int = 0
+            times: Int = 1, storing: Int = 0
         ) {
             (self.kind, self.call, self.error) = (kind, call, error)
-            (self.lasts, self.storing) = (lasts, storing)
+            (self.times, self.storing) = (lasts ? Int.max : times, storing)
         }
     }
 
@@ -42,7 +42,7 @@ package final class FaultyDevice: ForwardingDevice {
             defer { calls[kind, default: 0] += 1 }
             return calls[kind, default: 0]
         }
-        let due = kind == fault.kind && (number == fault.call || fault.lasts && number > fault.call)
+        let due = kind == fault.kind && number >= fault.call && number - fault.call < fault.times
         if due { hasFailed.store(true, ordering: .releasing) }
         return due
     }
@@ -76,5 +76,10 @@ package final class FaultyDevice: ForwardingDevice {
     package func punchHole(_ range: Range<UInt64>) throws(SystemError) {
         if isDue(.punch) { throw fault.error }
         try base.punchHole(range)
+    }
+
+    package func reserve(_ range: Range<UInt64>) throws(SystemError) {
+        if isDue(.reserve) { throw fault.error }
+        try base.reserve(range)
     }
 }
