@@ -15,7 +15,10 @@ extension Image {
         // It may lack memory: nothing is in use then.
         try writing.bitmaps.start(bitmaps)
         var isChanged = false
-        for (entry, bitmap) in zip(entries, bitmaps) where bitmap.needsMark && !entry.isInUse {
+        for (entry, bitmap) in zip(entries, bitmaps) where bitmap.needsMark {
+            isChanged = true
+            // An attempt that failed may have left the mark in the page cache: it is synced too.
+            if entry.isInUse { continue }
             // One flags field: it lies within a sector.
             var flags: [UInt8] = [0, 0, 0, 0]
             flags.storeBigEndian(entry.flags | BitmapEntry.inUse, at: 0)
@@ -23,7 +26,6 @@ extension Image {
                 flags,
                 at: place.directoryOffset &+ UInt64(entry.directoryOffset)
                     &+ UInt64(BitmapEntry.flagsOffset))
-            isChanged = true
         }
         if isChanged { try writing.file.flush() }
     }
