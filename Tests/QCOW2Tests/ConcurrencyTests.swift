@@ -20,25 +20,28 @@ struct ConcurrencyTests {
     func readersSeeTheirOwn(_ layout: CrashLayout) throws {
         let (bytes, _) = layout.build()
         let device = RecordingDevice(bytes, seed: 3)
-        let image = try Image.open(device, backing: layout.backing())
-        if let interval = layout.commitInterval {
-            image.startCommitting(every: .milliseconds(interval))
-        }
-        let writersLeft = Atomic(2)
         let reads = Atomic(0)
-        try onThreads(4) { index in
-            var random = RepeatableRandom(seed: UInt64(index) + 17)
-            if index < 2 {
-                defer { writersLeft.subtract(1, ordering: .releasing) }
-                for step in 0..<300 { try Self.write(image, layout, &random, step) }
-            } else {
-                while writersLeft.load(ordering: .acquiring) > 0 {
-                    try Self.read(image, layout, &random)
-                    reads.add(1, ordering: .relaxed)
+        try takingTurns(seed: TestEnvironment.seed) {
+            let image = try Image.open(device, backing: layout.backing())
+            if let interval = layout.commitInterval {
+                image.startCommitting(every: .milliseconds(interval))
+            }
+            let writersLeft = Atomic(2)
+            try onThreads(4) { index in
+                var random = RepeatableRandom(seed: UInt64(index) + 17)
+                if index < 2 {
+                    defer { writersLeft.subtract(1, ordering: .releasing) }
+                    for step in 0..<300 { try Self.write(image, layout, &random, step) }
+                } else {
+                    while writersLeft.load(ordering: .acquiring) > 0 {
+                        passTurn()
+                        try Self.read(image, layout, &random)
+                        reads.add(1, ordering: .relaxed)
+                    }
                 }
             }
+            try image.close()
         }
-        try image.close()
         #expect(reads.load(ordering: .relaxed) > 100)
         let audit = try device.bytes.withUnsafeBytes { try ReferenceReader($0).audit() }
         #expect(audit.faults == [] && audit.leakCount == 0)

@@ -8,8 +8,8 @@ private let statesSoFar = Atomic(0)
 
 /// Whatever moment the power goes, the image is whole and nothing that was synced is lost.
 ///
-/// A fault names its seed, layout and state.  `Tests/run --seed SEED --filter QCOW2Tests.Crash` makes
-/// the same records and the same states again: that layout's first simulation has that seed.
+/// A fault names its seed, layout and state.  `Tests/run --seed SEED --filter QCOW2Tests.Crash`
+/// makes the same records and states again: that layout's first simulation has that seed.
 @Suite("Crash", .serialized)
 struct CrashTests {
     static let layouts =

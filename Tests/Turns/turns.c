@@ -94,7 +94,8 @@ static struct member *candidate(struct table *table, bool timing_out) {
     struct member *chosen = NULL;
     for (struct member *member = table->first; member; member = member->next) {
         if (member->has_ended) continue;
-        if (timing_out ? !(member->awaited && member->may_time_out) : member->awaited != NULL) continue;
+        bool waits = member->awaited != NULL;
+        if (timing_out ? !waits || !member->may_time_out : waits) continue;
         if (draw(table) % ++count == 0) chosen = member;
     }
     return chosen;
