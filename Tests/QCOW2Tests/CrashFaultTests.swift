@@ -40,7 +40,7 @@ struct CrashFaultTests {
         print(
             "• \(faultCount) faults injected, \(stateCount) crash states judged: "
                 + layout.testDescription)
-        #expect(faultCount > rounds * 6)
+        #expect(faultCount > rounds * 4)
     }
 
     private func run(

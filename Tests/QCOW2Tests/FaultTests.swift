@@ -181,6 +181,7 @@ struct FaultTests {
                 let size = Int(image.size)
                 let last = size / 512 - 1
                 try? image.flush()
+                guard faulty.failed else { break }
                 try image.write(
                     SectorPattern.bytes(sectors: last..<last + 1, value: 100), at: last * 512)
                 try image.flush()
