@@ -112,7 +112,7 @@ extension Image {
             throw stopWriting(
                 top.fault(Extent(.corrupt, host: old.bits, byteCount: 0), at: guest), writing)
         }
-        let references = try writing.allocator.count(of: old.offset &>> map.clusterBits)
+        let references = try references(toClusterAt: old.offset, writing)
         let isShared = old.offset == 0 || references != 1
         let run = try allocate(1, exactly: true, writing)
         let offset = run.first &<< map.clusterBits
@@ -166,7 +166,7 @@ extension Image {
     private func isAlone(tableAt guest: UInt64, _ writing: Writing) throws(ImageError) -> Bool {
         let offset = map.l1Entry(Int(truncatingIfNeeded: guest &>> map.coverageBits)).offset
         if writing.checkedTables.withLock({ $0.contains(offset) }) { return true }
-        let count = try writing.allocator.count(of: offset &>> map.clusterBits)
+        let count = try references(toClusterAt: offset, writing)
         guard count > 0, !writing.guarded.collides(tableAt: offset) else {
             throw stopWriting(
                 top.file.corrupt(
@@ -177,6 +177,18 @@ extension Image {
         guard count == 1 else { return false }
         writing.checkedTables.withLock { _ = $0.insert(offset) }
         return true
+    }
+
+    /// The count of the host cluster at `offset`; one that cannot be known ends all writes.
+    private func references(
+        toClusterAt offset: UInt64, _ writing: Writing
+    ) throws(ImageError) -> UInt64 {
+        do throws(ImageError) {
+            return try writing.allocator.count(of: offset &>> map.clusterBits)
+        } catch {
+            guard case .corrupt = error.kind else { throw error }
+            throw stopWriting(error, writing)
+        }
     }
 
     // MARK: Before a write
@@ -194,7 +206,9 @@ extension Image {
         }
         // Past the end of the file: fine if it is allocated.
         for cluster in host &>> map.clusterBits...(host &+ byteCount &- 1) &>> map.clusterBits {
-            guard try writing.allocator.count(of: cluster) == 0 else { continue }
+            guard try references(toClusterAt: cluster &<< map.clusterBits, writing) == 0 else {
+                continue
+            }
             throw stopWriting(top.file.corrupt("\(place), which is not allocated"), writing)
         }
     }

@@ -174,6 +174,11 @@ package final class ClusterAllocator: Sendable {
                     + "is not aligned to a cluster"
             )
         }
+        // Counts that are not there would read as zeros: everything would be free.
+        guard entry.offset < file.writtenEnd else {
+            throw file.corrupt(
+                "the refcount block at \(hex(entry.offset)) lies past the end of the file")
+        }
         let pageOfBlock = (cluster & (1 &<< blockBits &- 1)) &>> pageBits
         return try state.cache.bytes(
             of: cluster &>> pageBits,

@@ -43,6 +43,23 @@ struct RefcountTraps {
         #expect(counts == [1, 1, 1, 1, 2, 2, 1, 1])
     }
 
+    @Test("A refcount block past the end of the file is damage, not a range of free clusters")
+    func blockPastTheEnd() throws {
+        var bytes = filled(64.KiB, clusterBits: 9).build()
+        let table = Int(bytes.number(at: 48, as: UInt64.self))
+        bytes.put(UInt64(1 << 30), at: table)
+        let device = RecordingDevice(bytes, yielding: false)
+        let image = try Image.open(device)
+        #expect(throws: ImageError.self) {
+            try image.write([UInt8](repeating: 1, count: 512), at: 512)
+        }
+        #expect(try image.bytes(0..<512) == [UInt8](repeating: 1, count: 512))
+        try? image.close()
+        #expect(device.bytes.count == bytes.count)
+        // The corrupt bit, and nothing else.
+        #expect(zip(device.bytes, bytes).count { $0 != $1 } == 1)
+    }
+
     @Test("Trap 39: entries of the refcount table are offsets and nothing else")
     func plainTableEntries() throws {
         // 256 counts a block: 1 MiB needs nine blocks.
