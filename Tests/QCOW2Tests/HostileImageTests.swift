@@ -1,0 +1,37 @@
+import QCOW2
+import TestSupport
+import Testing
+
+/// Whatever the bytes of an image are, they get an error or bytes, soon.
+@Suite("Hostile images", .serialized)
+struct HostileImageTests {
+    static let imageCount = TestEnvironment.isLong ? 400_000 : 6_000
+
+    @Test("the images that the others are made from are sound")
+    func seedsAreSound() throws {
+        for (number, bytes) in HostileImage.seeds.enumerated() {
+            let device = RecordingDevice(bytes, yielding: false)
+            let check = try ImageCheck(device)
+            #expect(check.corruptionCount == 0 && check.leakCount == 0, "seed \(number)")
+            #expect(HostileImage.fault(of: bytes) == nil, "seed \(number)")
+        }
+    }
+
+    @Test("damaged images are used without a crash, a hang or a write that must not be")
+    func damaged() throws {
+        var random = RepeatableRandom(seed: TestEnvironment.seed)
+        var slowest = Duration.zero
+        for number in 0..<Self.imageCount {
+            let bytes = HostileImage.mutant(&random)
+            let took = ContinuousClock().measure {
+                if let fault = HostileImage.fault(of: bytes) {
+                    Issue.record("seed \(TestEnvironment.seed), image \(number): \(fault)")
+                }
+            }
+            slowest = max(slowest, took)
+            // 1 s for each MiB of the file, at most 10 s.
+            try #require(took < .seconds(10), "image \(number) took \(took)")
+        }
+        print("• \(Self.imageCount) hostile images used, the slowest in \(slowest)")
+    }
+}
