@@ -25,6 +25,11 @@ package final class TestMount: @unchecked Sendable {
             [TestEnvironment.program, "mount"] + options + images + [mountpoint], timeout: 30)
     }
 
+    /// Takes care of a mount that something else has made.
+    package init(existing image: String, on mountpoint: String) {
+        (self.mountpoint, self.image) = (mountpoint, image)
+    }
+
     /// The raw file of the first image.
     package var disk: String { mountpoint + "/" + Self.diskName(of: image) }
 
