@@ -15,8 +15,8 @@
 #include <unistd.h>
 
 #if defined(__has_feature)
-#if __has_feature(thread_sanitizer)
-#define TURNS_NONE  // The sanitizer must see every lock itself.
+#if __has_feature(thread_sanitizer) || __has_feature(address_sanitizer)
+#define TURNS_NONE  // The sanitizer must see every thread and lock itself.
 #endif
 #endif
 
