@@ -16,13 +16,13 @@ struct Amend: Verb, ImageOptionReader {
         help: ArgumentHelp("What shall change.", valueName: "OPT=VALUE,..."))
     var options: [String]
 
-    @Option(name: .shortAndLong, help: "The format; only qcow2.")
+    @Option(name: .shortAndLong, help: "The format; only qcow2.", completion: .list(["qcow2"]))
     var format = "qcow2"
 
     @OptionGroup var policy: PolicyOptions
     @OptionGroup var progress: ProgressOptions
 
-    @Argument(help: "The image.")
+    @Argument(help: "The image.", completion: .file())
     var image: String
 
     func perform() throws -> Int32 {

@@ -34,10 +34,13 @@ struct Bitmap: Verb {
 
     @Option(
         name: [.customShort("b"), .long],
-        help: ArgumentHelp("The image that has the bitmaps to merge.", valueName: "image"))
+        help: ArgumentHelp("The image that has the bitmaps to merge.", valueName: "image"),
+        completion: .file())
     var sourceFile: String?
 
-    @Option(name: [.customShort("F"), .long], help: "That image's format; only qcow2.")
+    @Option(
+        name: [.customShort("F"), .long], help: "That image's format; only qcow2.",
+        completion: .list(["qcow2"]))
     var sourceFormat: String?
 
     @Option(
@@ -45,10 +48,11 @@ struct Bitmap: Verb {
         help: ArgumentHelp("How many bytes a bit of a new bitmap stands for.", valueName: "bytes"))
     var granularity: ByteSize?
 
-    @Option(name: .shortAndLong, help: "The image's format; only qcow2.")
+    @Option(
+        name: .shortAndLong, help: "The image's format; only qcow2.", completion: .list(["qcow2"]))
     var format = "qcow2"
 
-    @Argument(help: "The image.")
+    @Argument(help: "The image.", completion: .file())
     var image: String
 
     @Argument(help: "The bitmap's name.")

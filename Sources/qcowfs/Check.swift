@@ -25,7 +25,7 @@ struct Check: Verb {
             valueName: "leaks|all"))
     var repair: RepairScope?
 
-    @Argument(help: "The image.")
+    @Argument(help: "The image.", completion: .file())
     var image: String
 
     func validate() throws {

@@ -14,7 +14,7 @@ struct Commit: Verb {
     @OptionGroup var passphrases: PassphraseOptions
     @OptionGroup var progress: ProgressOptions
 
-    @Argument(help: "The image.")
+    @Argument(help: "The image.", completion: .file())
     var image: String
 
     func perform() throws -> Int32 {

@@ -10,10 +10,15 @@ struct Compare: Verb {
 
     static let failureStatus: Int32 = 2
 
-    @Option(name: .customShort("f"), help: "The first disk's format; found by its magic without.")
+    @Option(
+        name: .customShort("f"),
+        help: ArgumentHelp(
+            "The first disk's format; found by its magic without.", valueName: "format"))
     var firstFormat: DiskFormat?
 
-    @Option(name: .customShort("F"), help: "The second disk's format.")
+    @Option(
+        name: .customShort("F"),
+        help: ArgumentHelp("The second disk's format.", valueName: "format"))
     var secondFormat: DiskFormat?
 
     @Flag(name: .customShort("s"), help: "Disks of different sizes are different.")
@@ -23,10 +28,10 @@ struct Compare: Verb {
     @OptionGroup var output: OutputOptions
     @OptionGroup var progress: ProgressOptions
 
-    @Argument(help: "The first disk.")
+    @Argument(help: "The first disk.", completion: .file())
     var first: String
 
-    @Argument(help: "The second disk.")
+    @Argument(help: "The second disk.", completion: .file())
     var second: String
 
     func perform() throws -> Int32 {

@@ -17,10 +17,13 @@ struct Convert: Verb {
             preallocation, needs --spool.
             """)
 
-    @Option(name: .customShort("f"), help: "The source's format; found by its magic without.")
+    @Option(
+        name: .customShort("f"),
+        help: ArgumentHelp("The source's format; found by its magic without.", valueName: "format"))
     var sourceFormat: DiskFormat?
 
-    @Option(name: .customShort("O"), help: "The target's format.")
+    @Option(
+        name: .customShort("O"), help: ArgumentHelp("The target's format.", valueName: "format"))
     var targetFormat = DiskFormat.raw
 
     @Option(
@@ -39,29 +42,34 @@ struct Convert: Verb {
 
     @Option(
         name: .customShort("S"),
-        help: "Runs of zeros of so many bytes become holes; 0 writes them out.")
+        help: ArgumentHelp(
+            "Runs of zeros of so many bytes become holes; 0 writes them out.", valueName: "bytes"))
     var sparse = ByteSize(byteCount: 4096)
 
-    @Option(name: .customShort("m"), help: "Threads that copy.")
-    var threads = 0
+    @Option(
+        name: .customShort("m"),
+        help: ArgumentHelp("Threads that copy; one a processor without.", valueName: "count"))
+    var threads: Int?
 
     @Option(
         help: ArgumentHelp(
             "Where a file without a name keeps what a pipe brings, or cannot take yet.",
-            valueName: "dir"))
+            valueName: "dir"), completion: .directory)
     var spool: String?
 
     @OptionGroup var sources: SourceOptions
     @OptionGroup var progress: ProgressOptions
 
-    @Argument(help: "The disk to copy; - is standard input.")
+    @Argument(help: "The disk to copy; - is standard input.", completion: .file())
     var source: String
 
-    @Argument(help: "The file to make, one that is there is replaced; - is standard output.")
+    @Argument(
+        help: "The file to make, one that is there is replaced; - is standard output.",
+        completion: .file())
     var target: String
 
     func validate() throws {
-        guard (0...256).contains(threads) else {
+        guard (1...256).contains(threads ?? 1) else {
             throw ValidationError("-m takes a number of threads from 1 to 256")
         }
         if compresses && targetFormat == .raw {
@@ -73,7 +81,7 @@ struct Convert: Verb {
         var conversion = Conversion(to: try conversionTarget())
         conversion.sparseByteCount = sparse.byteCount
         conversion.compresses = compresses
-        conversion.threadCount = threads == 0 ? Processors.count : threads
+        conversion.threadCount = threads ?? Processors.count
         if target == "-" {
             // A reader that goes away is an error like others.
             signal(SIGPIPE, SIG_IGN)

@@ -15,7 +15,7 @@ struct Create: Verb {
             file and data file are found relative to the image; the data file is made too.
             """)
 
-    @Option(name: .shortAndLong, help: "The format; only qcow2.")
+    @Option(name: .shortAndLong, help: "The format; only qcow2.", completion: .list(["qcow2"]))
     var format = "qcow2"
 
     @Option(
@@ -25,12 +25,12 @@ struct Create: Verb {
 
     @Option(
         name: [.customShort("b"), .customLong("backing")],
-        help: "The backing file, found relative to the image.")
+        help: "The backing file, found relative to the image.", completion: .file())
     var backing: String?
 
     @Option(
         name: [.customShort("F"), .customLong("backing-format")],
-        help: "The backing file's format: raw or qcow2.")
+        help: "The backing file's format: raw or qcow2.", completion: .list(["raw", "qcow2"]))
     var backingFormat: String?
 
     @Flag(
@@ -43,7 +43,7 @@ struct Create: Verb {
     @Flag(name: .shortAndLong, help: "Nothing is printed in any case; for habit's sake.")
     var quiet = false
 
-    @Argument(help: "The file to make; one that is there is replaced.")
+    @Argument(help: "The file to make; one that is there is replaced.", completion: .file())
     var image: String
 
     @Argument(help: "The size of the disk; the backing file's where it is left out.")

@@ -23,10 +23,10 @@ struct Dehydrate: Verb {
     @OptionGroup var output: OutputOptions
     @OptionGroup var progress: ProgressOptions
 
-    @Argument(help: "The image.")
+    @Argument(help: "The image.", completion: .file())
     var image: String
 
-    @Argument(help: "The file to make; one that is there is replaced.")
+    @Argument(help: "The file to make; one that is there is replaced.", completion: .file())
     var out: String
 
     func perform() throws -> Int32 {
@@ -73,10 +73,10 @@ struct Rehydrate: Verb {
         commandName: "rehydrate",
         abstract: "Make a sparse image of what dehydrate has kept; its data reads as zeros.")
 
-    @Argument(help: "The file that dehydrate has made.")
+    @Argument(help: "The file that dehydrate has made.", completion: .file())
     var source: String
 
-    @Argument(help: "The image to make; one that is there is replaced.")
+    @Argument(help: "The image to make; one that is there is replaced.", completion: .file())
     var image: String
 
     func perform() throws -> Int32 {

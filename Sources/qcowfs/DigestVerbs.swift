@@ -25,14 +25,16 @@ struct SHA1: Verb {
 
 /// What both take.
 struct DigestOptions: ParsableArguments {
-    @Option(name: .customShort("f"), help: "The format, qcow2 without.")
+    @Option(
+        name: .customShort("f"),
+        help: ArgumentHelp("The format, qcow2 without.", valueName: "format"))
     var format = DiskFormat.qcow2
 
     @OptionGroup var sources: SourceOptions
     @OptionGroup var output: OutputOptions
     @OptionGroup var progress: ProgressOptions
 
-    @Argument(help: "The image.")
+    @Argument(help: "The image.", completion: .file())
     var image: String
 
     func run(_ algorithm: DiskDigest.Algorithm, verb: String) throws -> Int32 {

@@ -24,7 +24,7 @@ struct Explain: Verb {
         help: "Look at an image that another program writes.")
     var isShared = false
 
-    @Argument(help: "The image.")
+    @Argument(help: "The image.", completion: .file())
     var image: String
 
     @Argument(help: "Which byte of the disk: 4096, 0x1000, 1M.")

@@ -18,7 +18,7 @@ struct Info: Verb {
         help: "Look at an image that another program writes.")
     var isShared = false
 
-    @Argument(help: "The image.")
+    @Argument(help: "The image.", completion: .file())
     var image: String
 
     func perform() throws -> Int32 {

@@ -28,7 +28,7 @@ struct Map: Verb {
 
     @OptionGroup var source: SourceOptions
 
-    @Argument(help: "The image.")
+    @Argument(help: "The image.", completion: .file())
     var image: String
 
     func perform() throws -> Int32 {

@@ -7,7 +7,8 @@ struct Measure: Verb {
         commandName: "measure",
         abstract: "Say how many bytes a disk takes as a new file.")
 
-    @Option(name: .customShort("O"), help: "The new file's format.")
+    @Option(
+        name: .customShort("O"), help: ArgumentHelp("The new file's format.", valueName: "format"))
     var targetFormat = DiskFormat.raw
 
     @Option(
@@ -15,7 +16,9 @@ struct Measure: Verb {
         help: ArgumentHelp("Options of the new image, as create has them.", valueName: "OPT=VALUE"))
     var options: [String] = []
 
-    @Option(name: .customShort("f"), help: "The source's format; found by its magic without.")
+    @Option(
+        name: .customShort("f"),
+        help: ArgumentHelp("The source's format; found by its magic without.", valueName: "format"))
     var sourceFormat: DiskFormat?
 
     @Option(help: "Bytes of an empty disk, instead of a source.")
@@ -24,7 +27,7 @@ struct Measure: Verb {
     @OptionGroup var output: OutputOptions
     @OptionGroup var sources: SourceOptions
 
-    @Argument(help: "The disk to measure.")
+    @Argument(help: "The disk to measure.", completion: .file())
     var source: String?
 
     func validate() throws {

@@ -17,7 +17,8 @@ struct Mount: Verb {
     @OptionGroup var flags: MountFlags
 
     @Argument(
-        help: ArgumentHelp("Images, and where to mount them.", valueName: "image... mountpoint"))
+        help: ArgumentHelp("Images, and where to mount them.", valueName: "image... mountpoint"),
+        completion: .file())
     var paths: [String]
 
     func validate() throws {

@@ -40,16 +40,20 @@ struct MountFlags: ParsableArguments {
         help: ArgumentHelp(
             "Send writes to a new overlay: a file that stays, or tmp for one that is dropped; over "
                 + "an encrypted image it is encrypted with the (first) passphrase too.",
-            valueName: "file|tmp"))
+            valueName: "file|tmp"), completion: .file())
     var overlay: String?
 
     @Flag(help: "Let truncate make the image smaller.")
     var shrink = false
 
-    @Option(help: ArgumentHelp("What a discard does: unmap or ignore.", valueName: "mode"))
+    @Option(
+        help: ArgumentHelp("What a discard does: unmap or ignore.", valueName: "mode"),
+        completion: .list(["unmap", "ignore"]))
     var discard = "unmap"
 
-    @Option(help: ArgumentHelp("What a write of zeros does: off, on or unmap.", valueName: "mode"))
+    @Option(
+        help: ArgumentHelp("What a write of zeros does: off, on or unmap.", valueName: "mode"),
+        completion: .list(["off", "on", "unmap"]))
     var detectZeroes = "off"
 
     @Option(help: ArgumentHelp("Memory for L2 tables.", valueName: "bytes"))
@@ -66,12 +70,14 @@ struct MountFlags: ParsableArguments {
 
     @Option(
         help: ArgumentHelp(
-            "Whether the kernel collects writes before it hands them over.", valueName: "on|off"))
+            "Whether the kernel collects writes before it hands them over.", valueName: "on|off"),
+        completion: .list(["on", "off"]))
     var writeback = "off"
 
     @Option(
         help: ArgumentHelp(
-            "Where backing files may lie besides the image's directory.", valueName: "dir"))
+            "Where backing files may lie besides the image's directory.", valueName: "dir"),
+        completion: .directory)
     var allowPath: [String] = []
 
     @Flag(help: "Backing files may lie anywhere.")
@@ -80,18 +86,22 @@ struct MountFlags: ParsableArguments {
     @Flag(help: "Read-only although another program writes to the image.")
     var forceShare = false
 
-    @Option(help: ArgumentHelp("Write the daemon's process id there.", valueName: "file"))
+    @Option(
+        help: ArgumentHelp("Write the daemon's process id there.", valueName: "file"),
+        completion: .file())
     var pidFile: String?
 
     @Option(
-        help: ArgumentHelp("Write the log there instead of to the system's log.", valueName: "file")
-    )
+        help: ArgumentHelp(
+            "Write the log there instead of to the system's log.", valueName: "file"),
+        completion: .file())
     var logFile: String?
 
     @Option(
         help: ArgumentHelp(
             "The least that is logged: trace, debug, info, notice, warning, error, critical.",
-            valueName: "level"))
+            valueName: "level"),
+        completion: .list(["trace", "debug", "info", "notice", "warning", "error", "critical"]))
     var logLevel = "notice"
 
     @Flag(help: "Show every internal snapshot beside its disk, as NAME@SNAPSHOT.raw.")

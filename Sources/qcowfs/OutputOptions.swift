@@ -16,7 +16,9 @@ struct OutputOptions: ParsableArguments {
 
 /// Which other files an image may make us open.
 struct PolicyOptions: ParsableArguments {
-    @Option(help: ArgumentHelp("Backing files may lie in this directory too.", valueName: "dir"))
+    @Option(
+        help: ArgumentHelp("Backing files may lie in this directory too.", valueName: "dir"),
+        completion: .directory)
     var allowPath: [String] = []
 
     @Flag(help: "Backing files may lie anywhere.")

@@ -7,7 +7,7 @@ struct PassphraseOptions: ParsableArguments {
         help: ArgumentHelp(
             "The passphrase of an encrypted image; given several times, each is tried on each "
                 + "encrypted file of the backing chain.",
-            valueName: "file"))
+            valueName: "file"), completion: .file())
     var passphraseFile: [String] = []
 
     /// The files' content, or a question at the terminal where there are none.

@@ -15,10 +15,12 @@ struct Read: Verb {
 
     @OptionGroup var sources: SourceOptions
 
-    @Option(name: .customShort("f"), help: "The format, qcow2 without.")
+    @Option(
+        name: .customShort("f"),
+        help: ArgumentHelp("The format, qcow2 without.", valueName: "format"))
     var format = DiskFormat.qcow2
 
-    @Argument(help: "The image.")
+    @Argument(help: "The image.", completion: .file())
     var image: String
 
     func perform() throws -> Int32 {

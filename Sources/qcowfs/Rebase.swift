@@ -15,16 +15,19 @@ struct Rebase: Verb {
     @Option(
         name: .customShort("b"),
         help: ArgumentHelp(
-            "The backing file, found relative to the image; '' for none.", valueName: "file"))
+            "The backing file, found relative to the image; '' for none.", valueName: "file"),
+        completion: .file())
     var backing: String
 
-    @Option(name: .customShort("F"), help: "Its format; found by its magic without.")
+    @Option(
+        name: .customShort("F"),
+        help: ArgumentHelp("Its format; found by its magic without.", valueName: "format"))
     var format: DiskFormat?
 
     @OptionGroup var policy: PolicyOptions
     @OptionGroup var progress: ProgressOptions
 
-    @Argument(help: "The image.")
+    @Argument(help: "The image.", completion: .file())
     var image: String
 
     func perform() throws -> Int32 {

@@ -14,10 +14,12 @@ struct Repair: Verb {
     @OptionGroup var output: OutputOptions
     @OptionGroup var progress: ProgressOptions
 
-    @Option(help: ArgumentHelp("Put back what an earlier repair replaced.", valueName: "file"))
+    @Option(
+        help: ArgumentHelp("Put back what an earlier repair replaced.", valueName: "file"),
+        completion: .file())
     var undo: String?
 
-    @Argument(help: "The image.")
+    @Argument(help: "The image.", completion: .file())
     var image: String
 
     func perform() throws -> Int32 {

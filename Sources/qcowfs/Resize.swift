@@ -19,7 +19,8 @@ struct Resize: Verb {
 
     @Option(
         help: ArgumentHelp(
-            "What is allocated of new bytes: off, metadata, falloc, full.", valueName: "mode"))
+            "What is allocated of new bytes: off, metadata, falloc, full.", valueName: "mode"),
+        completion: .list(["off", "metadata", "falloc", "full"]))
     var preallocation = "off"
 
     @Flag(name: .shortAndLong, help: "Do not say what is left to do.")
@@ -31,7 +32,8 @@ struct Resize: Verb {
     // A size such as -1G looks like an option to the parser.
     @Argument(
         parsing: .allUnrecognized,
-        help: ArgumentHelp("The image, and its size or by how much it changes."))
+        help: ArgumentHelp("The image, and its size or by how much it changes."),
+        completion: .file())
     var words: [String] = []
 
     func validate() throws {

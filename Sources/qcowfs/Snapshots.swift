@@ -43,7 +43,7 @@ struct Snapshots: Verb {
     @OptionGroup(visibility: .hidden) var passphrases: PassphraseOptions
     @OptionGroup(visibility: .hidden) var policy: PolicyOptions
 
-    @Argument(help: "The image.")
+    @Argument(help: "The image.", completion: .file())
     var image: String
 
     func validate() throws {

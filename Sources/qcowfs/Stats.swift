@@ -8,7 +8,7 @@ struct Stats: Verb {
 
     @OptionGroup var output: OutputOptions
 
-    @Argument(help: "Where the image is mounted.")
+    @Argument(help: "Where the image is mounted.", completion: .directory)
     var mountpoint: String
 
     /// In the order of the output.

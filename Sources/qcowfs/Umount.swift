@@ -15,7 +15,9 @@ struct Umount: Verb {
     @Flag(name: [.short, .long], help: "Unmount everything that this user has mounted.")
     var all = false
 
-    @Argument(help: ArgumentHelp("Where the images are mounted.", valueName: "mountpoint"))
+    @Argument(
+        help: ArgumentHelp("Where the images are mounted.", valueName: "mountpoint"),
+        completion: .directory)
     var mountpoints: [String] = []
 
     func validate() throws {

@@ -14,7 +14,7 @@ struct Write: Verb {
     @OptionGroup var policy: PolicyOptions
     @OptionGroup var passphrases: PassphraseOptions
 
-    @Argument(help: "The image.")
+    @Argument(help: "The image.", completion: .file())
     var image: String
 
     func perform() throws -> Int32 {
