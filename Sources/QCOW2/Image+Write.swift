@@ -66,7 +66,7 @@ extension Image {
     }
 
     /// Shows the data of guest bytes `range`, whole subclusters, in clusters from `host` on.
-    private func linkData(
+    func linkData(
         _ range: Range<UInt64>, at host: UInt64, _ writing: Writing
     ) throws(ImageError) {
         let first = range.lowerBound &>> map.clusterBits

@@ -10,6 +10,9 @@ struct Convert: Verb {
         discussion: """
             The target appears when it is complete; until then a file of that name stays as it is.
 
+            Where the file system lets files share space, as xfs and btrfs do, uncompressed data \
+            is shared and not copied, unless -S 0 wants every byte written.
+
             - is standard input or output.  From a pipe a raw disk can be read, and an image whose \
             clusters come in about the order of the disk, as convert and qemu-img convert write \
             them; any other image needs --spool.  To a pipe an image is written in one pass from a \

@@ -2,10 +2,13 @@
 public struct Conversion: Sendable {
     /// What the new file is.
     public enum Target: Sendable {
+        /// The bytes of the disk and nothing else, holes included.
         case raw
+        /// An image without a backing file, made with these options.
         case qcow2(CreateOptions)
     }
 
+    /// What is made.
     public var target: Target
     /// Runs of zeros of this many bytes become holes; 0 writes them out.  A qcow2 image leaves
     /// whole clusters out, whatever this says, unless it is 0.
@@ -15,12 +18,16 @@ public struct Conversion: Sendable {
     /// Whether the clusters of a qcow2 image are compressed.
     public var compresses = false
 
+    /// A conversion with the defaults of `qemu-img convert`.
     public init(to target: Target) { self.target = target }
 
     /// Copies `source` to a new file at `path`, which takes its place only when it is complete and
     /// durable: whatever was there stays as it was until then.
     ///
-    /// - Parameter progress: Told what part is done; false cancels.
+    /// - Parameters:
+    ///   - source: The disk to copy.
+    ///   - path: What the new file is called.
+    ///   - progress: Told what part is done; false cancels.
     /// - Throws: what reading and writing throw; `.cancelled`; `.locked` where a program uses the
     ///   file that is there.
     public func run(
@@ -33,12 +40,18 @@ public struct Conversion: Sendable {
     }
 
     /// Copies `source` onto `device`, whose content is lost.
+    /// - Throws: What reading and writing throw; `.cancelled`.
     public func run(
         from source: SourceDisk, to device: any BlockDevice, progress: ((Double) -> Bool)? = nil
     ) throws(ImageError) {
+        // What is shared has the source's holes, and its bytes as they are.
+        let shared =
+            compresses || sparseByteCount == 0
+            ? nil : try SharedSpace(from: source, with: device)
         switch target {
         case .raw:
-            let sink = try RawSink(device, size: source.size, keepsZeros: sparseByteCount == 0)
+            let sink = try RawSink(
+                device, size: source.size, keepsZeros: sparseByteCount == 0, sharing: shared)
             try copy(source, to: sink, unit: max(sparseByteCount, 512), progress)
         case .qcow2(let options):
             let image = try newImage(on: device, size: source.size, options)
@@ -46,7 +59,8 @@ public struct Conversion: Sendable {
                 try compress(source, into: image, progress)
             } else {
                 try copy(
-                    source, to: ImageSink(image, keepsZeros: sparseByteCount == 0),
+                    source,
+                    to: ImageSink(image, keepsZeros: sparseByteCount == 0, sharing: shared),
                     unit: image.clusterByteCount, progress)
             }
             // The device is its owner's.
@@ -124,16 +138,33 @@ public struct Conversion: Sendable {
         _ source: SourceDisk, to sink: some DiskSink, unit: UInt64,
         _ progress: ((Double) -> Bool)?
     ) throws(ImageError) {
-        try DiskWalk(over: [source]).run(threadCount: threadCount, progress: progress) {
-            piece, buffer throws(ImageError) in
+        // Whole clusters, as long as one is.
+        let partByteCount = max(DiskWalk.pieceByteCount, min(unit, 2 << 20))
+        // What need not be read costs the same however long it is.
+        let pieceByteCount = sink.adopts ? Self.adoptedByteCount : partByteCount
+        try DiskWalk(over: [source], pieceByteCount: pieceByteCount).run(
+            threadCount: threadCount, bufferByteCount: Int(partByteCount), progress: progress
+        ) { piece, buffer throws(ImageError) in
             if piece.isHole { return try sink.zero(piece.range) }
-            let count = Int(piece.range.upperBound &- piece.range.lowerBound)
-            let bytes = UnsafeMutableRawBufferPointer(rebasing: buffer[..<count])
-            try source.read(into: bytes, at: piece.range.lowerBound)
-            try Self.store(
-                UnsafeRawBufferPointer(bytes), at: piece.range.lowerBound, in: sink, unit: unit)
+            var rest = piece.range
+            while !rest.isEmpty {
+                let adopted = try sink.adopt(rest)
+                rest = rest.lowerBound &+ adopted..<rest.upperBound
+                if adopted > 0 { continue }
+                let end = (rest.lowerBound | (partByteCount &- 1)) &+ 1
+                let part = rest.clamped(to: rest.lowerBound..<end)
+                let bytes = UnsafeMutableRawBufferPointer(
+                    rebasing: buffer[..<Int(part.upperBound &- part.lowerBound)])
+                try source.read(into: bytes, at: part.lowerBound)
+                try Self.store(
+                    UnsafeRawBufferPointer(bytes), at: part.lowerBound, in: sink, unit: unit)
+                rest = part.upperBound..<rest.upperBound
+            }
         }
     }
+
+    /// Bytes of the longest piece that is shared with the source.
+    private static let adoptedByteCount: UInt64 = 64 << 20
 
     /// Writes what is not zero.
     static func store(

@@ -5,6 +5,18 @@ protocol DiskSink: Sendable {
 
     /// Makes `range` read as zeros.
     func zero(_ range: Range<UInt64>) throws(ImageError)
+
+    /// Makes the start of `range` the source's bytes without looking at them, and returns how many:
+    /// 0 where they have to be read and written.
+    func adopt(_ range: Range<UInt64>) throws(ImageError) -> UInt64
+
+    /// Whether `adopt` may do something.
+    var adopts: Bool { get }
+}
+
+extension DiskSink {
+    func adopt(_ range: Range<UInt64>) throws(ImageError) -> UInt64 { 0 }
+    var adopts: Bool { false }
 }
 
 /// A raw disk on a device.
@@ -12,11 +24,18 @@ struct RawSink: DiskSink {
     private let device: any BlockDevice
     /// Whether zeros have to be written.
     private let writesZeros: Bool
+    private let shared: SharedSpace?
 
     /// Makes the device `size` bytes long, and empty where it can be.
-    /// - Parameter keepsZeros: Whether zeros take space too.
-    init(_ device: any BlockDevice, size: UInt64, keepsZeros: Bool) throws(ImageError) {
+    /// - Parameters:
+    ///   - keepsZeros: Whether zeros take space too.
+    ///   - shared: How bytes come to the device without a copy.
+    init(
+        _ device: any BlockDevice, size: UInt64, keepsZeros: Bool,
+        sharing shared: SharedSpace? = nil
+    ) throws(ImageError) {
         self.device = device
+        self.shared = shared
         writesZeros = keepsZeros || !device.readsZerosPastEnd
         do throws(SystemError) {
             if device.readsZerosPastEnd {
@@ -60,18 +79,59 @@ struct RawSink: DiskSink {
     }
 }
 
+extension RawSink {
+    var adopts: Bool { shared != nil }
+
+    /// Shares what lies in a file, and leaves out what is a hole there.
+    func adopt(_ range: Range<UInt64>) throws(ImageError) -> UInt64 {
+        guard let shared, let place = try shared.place(of: range),
+            let target = device as? FileDevice
+        else { return 0 }
+        do throws(SystemError) {
+            let run = try place.file.holeOrData(at: place.offset, limit: place.byteCount)
+            if run.isHole { return run.byteCount }
+            let byteCount = shared.wholeBlocks(run.byteCount)
+            guard byteCount > 0 else { return 0 }
+            try target.share(
+                place.offset..<place.offset &+ byteCount, of: place.file, at: range.lowerBound)
+            return byteCount
+        } catch .notSupported {
+            return 0
+        } catch {
+            throw ImageError(
+                .system(error, operation: "cannot write at \(range.lowerBound)"),
+                file: device.name)
+        }
+    }
+}
+
 /// A new qcow2 image without a backing file.
 struct ImageSink: DiskSink {
     private let image: Image
     private let keepsZeros: Bool
+    private let shared: SharedSpace?
 
-    init(_ image: Image, keepsZeros: Bool) {
+    /// - Parameter shared: How clusters come to the image without a copy.
+    init(_ image: Image, keepsZeros: Bool, sharing shared: SharedSpace? = nil) {
         self.image = image
         self.keepsZeros = keepsZeros
+        self.shared = shared
     }
 
+    /// Writes bytes, or shares their space with the source, where they were found not to be zeros.
     func write(_ bytes: UnsafeRawBufferPointer, at offset: UInt64) throws(ImageError) {
-        try image.write(bytes, at: offset)
+        var start = offset
+        let end = offset &+ UInt64(bytes.count)
+        while start < end,
+            let place = try shared?.place(of: start..<end, alignment: image.clusterByteCount)
+        {
+            let done = try image.adopt(place, at: start)
+            if done == 0 { break }
+            start &+= done
+        }
+        guard start < end else { return }
+        try image.write(
+            UnsafeRawBufferPointer(rebasing: bytes[Int(start &- offset)...]), at: start)
     }
 
     /// What was never written reads as zeros.

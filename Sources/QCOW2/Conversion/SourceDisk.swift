@@ -3,7 +3,12 @@
 /// Offsets and counts are bytes of the disk.  Any method may be called from any thread.
 public struct SourceDisk: Sendable {
     /// How the file that holds a disk is to be understood.
-    public enum Format: String, Sendable { case raw, qcow2 }
+    public enum Format: String, Sendable {
+        /// The bytes of the file are those of the disk.
+        case raw
+        /// The file is an image.
+        case qcow2
+    }
 
     private enum Content: Sendable {
         case image(Image)
@@ -27,6 +32,7 @@ public struct SourceDisk: Sendable {
     }
 
     /// The bytes of `device`.
+    /// - Throws: `.system` where the device does not say how long it is.
     public init(_ device: any BlockDevice) throws(ImageError) {
         content = .device(device)
         do throws(SystemError) {
@@ -39,8 +45,11 @@ public struct SourceDisk: Sendable {
     /// Opens the file at `path` read-only.
     ///
     /// - Parameters:
+    ///   - path: Where the file is.
+    ///   - options: How an image is opened, to be read.
     ///   - format: nil takes a file with the qcow2 magic for an image, all others for raw.
     ///   - snapshot: The internal snapshot, by identifier or name, that is meant instead.
+    /// - Throws: What `Image.open` throws; `.locked` where a program writes to the file.
     public init(
         path: String, format: Format? = nil, snapshot: String? = nil,
         options: OpenOptions = OpenOptions(access: .readOnly)
@@ -124,6 +133,7 @@ public struct SourceDisk: Sendable {
 
     /// Whether the bytes from `offset` on are a hole, which reads as zeros, and for how many of
     /// them, at most `limit`, that holds.
+    /// - Throws: What `Image.read` throws.
     public func run(
         at offset: UInt64, limit: UInt64
     ) throws(ImageError) -> (isHole: Bool, byteCount: UInt64) {
@@ -140,6 +150,18 @@ public struct SourceDisk: Sendable {
         }
     }
 
+    /// Where the bytes from `offset` on, at most `limit` of them, lie as they are; nil for what is
+    /// in no file, or not as the disk has it.
+    func place(at offset: UInt64, limit: UInt64) throws(ImageError) -> BytePlace? {
+        switch content {
+        case .image(let image): return try image.place(at: offset, limit: limit)
+        case .piped: return nil
+        case .device(let device):
+            guard let file = device as? FileDevice else { return nil }
+            return BytePlace(file: file, offset: offset, byteCount: min(limit, size &- offset))
+        }
+    }
+
     /// Reads what a pipe still brings, once everything that is wanted of it was read.
     /// - Throws: `.corrupt` where it has ended before the image.
     func finish() throws(ImageError) {
@@ -147,6 +169,7 @@ public struct SourceDisk: Sendable {
     }
 
     /// Closes the image or the device.
+    /// - Throws: What `Image.close` throws; everything is closed all the same.
     public func close() throws(ImageError) {
         switch content {
         case .image(let image): try image.close()

@@ -55,7 +55,7 @@ package final class HostFile: Sendable {
 
     /// Before a write is tried: where it may have left bytes, nothing is known to be zero.
     @inline(__always)
-    private func raiseEnd(to offset: UInt64) {
+    func raiseEnd(to offset: UInt64) {
         // Looked at first, so that writers inside of the file share the line.
         if offset > writtenEnd { end.max(offset, ordering: .acquiringAndReleasing) }
     }

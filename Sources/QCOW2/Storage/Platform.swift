@@ -63,6 +63,7 @@ enum Platform {
     }
 
     // linux/fs.h spells these as macros which Swift does not see.
+    private static let cloneRange: UInt = 0x4020_940D  // FICLONERANGE
     private static let getDeviceByteCount: UInt = 0x8008_1272  // BLKGETSIZE64
     private static let getLogicalBlockByteCount: UInt = 0x1268  // BLKSSZGET
 
@@ -78,6 +79,36 @@ enum Platform {
         var count: Int32 = 0
         guard ioctl(descriptor, getLogicalBlockByteCount, &count) == 0 else { throw .last }
         return Int(count)
+    }
+
+    /// Makes bytes of one file those of another, in the same space.
+    static func share(
+        _ range: Range<UInt64>, of source: Int32, with target: Int32, at offset: UInt64
+    ) throws(SystemError) {
+        // struct file_clone_range: descriptor, offset and length of the source, then the target's
+        // offset.
+        var request = (
+            Int64(source), range.lowerBound, range.upperBound &- range.lowerBound, offset
+        )
+        do throws(SystemError) {
+            _ = try retryingInterrupts {
+                withUnsafeMutablePointer(to: &request) { ioctl(target, cloneRange, $0) }
+            }
+        } catch {
+            switch error.code {
+            // Not on this file system, not between these two, or not these bytes of them.
+            case EOPNOTSUPP, ENOTTY, ENOSYS, EXDEV, EINVAL, EBADF, EPERM, ETXTBSY:
+                throw .notSupported
+            default: throw error
+            }
+        }
+    }
+
+    /// The smallest unit in which the file's file system gives out space, in bytes.
+    static func blockByteCount(_ descriptor: Int32) -> UInt64? {
+        var system = statfs()
+        guard fstatfs(descriptor, &system) == 0 else { return nil }
+        return UInt64(exactly: system.f_bsize)
     }
 
     /// Takes (`F_RDLCK`) or drops (`F_UNLCK`) a lock on one byte, for this open file description.
