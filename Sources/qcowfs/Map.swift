@@ -68,7 +68,7 @@ struct Map: Verb {
 private struct MapListing {
     private let form: OutputOptions.Form
     private let files: [String]
-    private var text = BulkText()
+    private let text = BulkText()
     private var isFirst = true
 
     init(_ form: OutputOptions.Form, files: [String]) {
@@ -127,7 +127,7 @@ private struct MapListing {
         } else {
             text.add(extent.isCompressed ? "compressed      " : "encrypted       ")
         }
-        text.add(files[extent.depth])
+        text.add(text: files[extent.depth])
         text.add("\n")
     }
 

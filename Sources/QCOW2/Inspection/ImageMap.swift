@@ -2,6 +2,7 @@
 public struct MappedExtent: Sendable, Equatable {
     /// The first guest byte.
     public var start: UInt64
+    /// Bytes of the run.
     public var byteCount: UInt64
     /// The layer that answers: 0 is the image itself, 1 its backing file…
     public var depth: Int
@@ -14,6 +15,7 @@ public struct MappedExtent: Sendable, Equatable {
     /// Where the bytes lie in the layer's file as they are read; nil for compressed or encrypted
     /// ones, and where there is no room for them.
     public var offset: UInt64?
+    /// Whether the bytes are compressed.
     public var isCompressed = false
 
     /// Takes `next` in where it goes on as this run does.
@@ -41,6 +43,13 @@ extension Image {
     }
 }
 
+/// Host bytes of a layer of which the file system stores all or nothing.
+private struct StoredRun {
+    let layer: Int
+    let range: Range<UInt64>
+    let isHole: Bool
+}
+
 /// Goes through the layers from the top down, through each part of each of them once.
 private struct MapWalk {
     let image: Image
@@ -48,6 +57,8 @@ private struct MapWalk {
     var pending: MappedExtent?
     /// Per layer, once asked: whether its clusters were allocated without being written.
     private var isPreallocated: [Int: Bool] = [:]
+    /// What the file system said last: holes are asked for again and again.
+    private var stored: StoredRun?
 
     init(image: Image) { self.image = image }
 
@@ -122,8 +133,8 @@ private struct MapWalk {
         let isRaw = image.layers[run.depth].isRaw
         var done: UInt64 = 0
         while done < run.byteCount {
-            let found = try image.layers[run.depth].storedHoleOrData(
-                at: host &+ done, limit: run.byteCount &- done)
+            let found = try storedHoleOrData(
+                of: run.depth, at: host &+ done, limit: run.byteCount &- done)
             var part = run
             part.start = run.start &+ done
             part.byteCount = found.byteCount
@@ -134,6 +145,19 @@ private struct MapWalk {
             try add(part, body)
             done &+= found.byteCount
         }
+    }
+
+    /// What the file system knows of host bytes of a layer.
+    private mutating func storedHoleOrData(
+        of layer: Int, at host: UInt64, limit: UInt64
+    ) throws(ImageError) -> (isHole: Bool, byteCount: UInt64) {
+        if let stored, stored.layer == layer, stored.range.contains(host) {
+            return (stored.isHole, min(stored.range.upperBound &- host, limit))
+        }
+        let found = try image.layers[layer].storedHoleOrData(at: host, limit: .max &- host)
+        let range = host..<host &+ found.byteCount
+        stored = StoredRun(layer: layer, range: range, isHole: found.isHole)
+        return (found.isHole, min(found.byteCount, limit))
     }
 
     private mutating func add(
