@@ -31,7 +31,7 @@ import targets as tg  # noqa: E402
 from harness import Bench  # noqa: E402
 
 # Kinds whose files are deleted after their last job, so that memory suffices.
-LARGE_KINDS = ("over", "half", "huge", "metadata", "ext4", "empty", "cow", "chain8")
+LARGE_KINDS = ("over", "half", "huge", "metadata", "million", "ext4", "empty", "cow", "chain8")
 
 
 def arguments():

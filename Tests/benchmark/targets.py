@@ -156,6 +156,12 @@ class Target:
     def map(self, image):
         self.img("map", "--output=json", "-f", "qcow2", image)
 
+    def compare(self, image, raw):
+        self.img("compare", "-q", "-f", "qcow2", "-F", "raw", image, raw)
+
+    def info(self, image):
+        self.img("info", image)
+
 
 class Rawfile(Target):
     """The raw file itself: the upper bound."""
@@ -299,6 +305,12 @@ class Qcowfs(Target):
 
     def map(self, image):
         self.offline("map", "--output=json", image)
+
+    def compare(self, image, raw):
+        self.offline("compare", "-f", "qcow2", "-F", "raw", image, raw)
+
+    def info(self, image):
+        self.offline("info", image)
 
 
 def pids_with(path):
