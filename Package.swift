@@ -66,6 +66,16 @@ let package = Package(
         .executableTarget(
             name: "sparse-copy", dependencies: ["QCOW2"], path: "examples/sparse-copy",
             swiftSettings: settings),
+        .executableTarget(
+            name: "raw-disk", dependencies: ["QCOW2"], path: "examples/raw-disk",
+            swiftSettings: settings),
+        .executableTarget(
+            name: "inspect-image", dependencies: ["QCOW2"], path: "examples/inspect-image",
+            swiftSettings: settings),
+        .executableTarget(
+            name: "mount-image",
+            dependencies: ["ImageMount", .product(name: "Logging", package: "swift-log")],
+            path: "examples/mount-image", swiftSettings: settings),
 
         // What tests share, and a folder of tests for each target.
         .target(name: "CTurns", path: "Tests/Turns", cSettings: gnu),

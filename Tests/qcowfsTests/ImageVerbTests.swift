@@ -223,15 +223,4 @@ struct ImageVerbTests {
     func noSize(words: String) throws {
         #expect(try qcowfs("create", image, words).status == 64)
     }
-
-    @Test("The example copies an image, holes left out")
-    func sparseCopy() throws {
-        try makeImage(image, size: 64.MiB)
-        let program = String(TestEnvironment.program.dropLast("qcowfs".count)) + "sparse-copy"
-        let copy = folder.file("copy.qcow2")
-        try Command.require(program, image, copy)
-        try Command.require("qemu-img", "compare", image, copy)
-        try Command.require("qemu-img", "check", copy)
-        #expect(try TestFile(copy, O_RDONLY).byteCount() < 2.MiB)
-    }
 }
