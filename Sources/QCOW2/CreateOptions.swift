@@ -1,5 +1,6 @@
 /// What a new image is like; every part has the default that qemu-img has.
 public struct CreateOptions: Sendable {
+    /// The version of the format, by its name in `qemu-img create -o compat=`.
     public enum Version: Sendable {
         /// `compat=0.10`: can be read by anything.
         case v2
@@ -9,6 +10,7 @@ public struct CreateOptions: Sendable {
 
     /// How much space a new image takes at once.
     public enum Preallocation: String, Sendable {
+        /// Nothing but the header and the first tables.
         case off
         /// All tables; the data is a hole in the file.
         case metadata
@@ -18,6 +20,7 @@ public struct CreateOptions: Sendable {
         case full
     }
 
+    /// Version 3 where nothing else is said.
     public var version: Version = .v3
     /// A power of two from 512 bytes to 2 MiB.
     public var clusterByteCount: UInt64 = 65536
@@ -33,6 +36,7 @@ public struct CreateOptions: Sendable {
     public var backingFormat: String?
     /// Whether the backing file is looked at, for its existence and its size.
     public var opensBackingFile = true
+    /// What takes space before it is written.
     public var preallocation: Preallocation = .off
 
     /// L2 entries with 32 subclusters each; needs version 3 and clusters of 16 KiB or more.
@@ -45,6 +49,7 @@ public struct CreateOptions: Sendable {
     /// Encrypts guest data with LUKS.
     public var encryption: LUKSOptions?
 
+    /// The options that `qemu-img create` has by default.
     public init() {}
 }
 

@@ -4,6 +4,8 @@ extension Image {
     /// The header is written last, when everything else is on stable storage: a device on which
     /// this was interrupted holds no image.
     /// - Parameters:
+    ///   - device: What the image is made on.
+    ///   - options: What it is like.
     ///   - size: Bytes of the virtual disk, rounded up to a multiple of 512.
     ///   - dataFile: Where guest data shall lie if the options name an external data file.
     /// - Throws: `.invalidArgument` or `.unsupported` before anything is written, `.system` where
@@ -28,8 +30,11 @@ extension Image {
     /// Makes an empty image in a file, with its external data file where the options name one, and
     /// replaces files that are there by the complete new ones.
     ///
-    /// - Parameter size: Bytes of the virtual disk, rounded up to a multiple of 512; nil takes the
-    ///   backing file's.
+    /// - Parameters:
+    ///   - path: What the image is called.
+    ///   - options: What it is like.
+    ///   - size: Bytes of the virtual disk, rounded up to a multiple of 512; nil takes the
+    ///     backing file's.
     /// - Throws: `.locked` where a program uses the file that is there, and what `create(on:)`
     ///   throws; the file is then what it was.
     public static func create(

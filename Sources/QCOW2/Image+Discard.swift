@@ -13,10 +13,14 @@ extension Image {
     ///
     /// In a version 2 image a range that a backing file reaches is written with zeros instead:
     /// that format cannot hide the backing file otherwise.
+    /// - Throws: What `write` throws.
     public func discard(_ range: Range<UInt64>) throws(ImageError) { try zero(range, .unmapping) }
 
     /// Makes `range` read as zeros.
-    /// - Parameter keepingSpace: whether clusters that are allocated stay allocated.
+    /// - Parameters:
+    ///   - range: Bytes of the disk.
+    ///   - keepingSpace: whether clusters that are allocated stay allocated.
+    /// - Throws: What `write` throws.
     public func writeZeroes(_ range: Range<UInt64>, keepingSpace: Bool = false) throws(ImageError) {
         try zero(range, keepingSpace ? .keeping : .unmapping)
     }
@@ -146,7 +150,10 @@ extension Image {
     ///
     /// Clusters that read as zeros get space without being written (version 3); what shows through
     /// from a backing file is copied.
-    /// - Parameter takingSpace: whether the file system reserves space for them.
+    /// - Parameters:
+    ///   - range: Bytes of the disk.
+    ///   - takingSpace: whether the file system reserves space for them.
+    /// - Throws: What `write` throws.
     public func allocate(
         _ range: Range<UInt64>, takingSpace: Bool = true
     ) throws(ImageError) {

@@ -4,6 +4,8 @@ internal import Synchronization
 extension Image {
     /// Returns when every write, discard and change before the call is on stable storage, data and
     /// metadata: a power cut afterwards loses nothing of it.
+    /// - Throws: `.system` where a write or sync failed; the image takes no writes from then on,
+    ///   and every later call throws `.failed`.
     public func flush() throws(ImageError) {
         guard let writing, writing.hasBegun.load(ordering: .acquiring) else { return }
         try writing.commit.flush()

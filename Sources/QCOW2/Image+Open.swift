@@ -50,6 +50,8 @@ extension Image {
     /// Opens the image on `device`, over `backing`, which is given top first, with its guest data
     /// on `dataFile` where it has an external data file; what the header says of other files is
     /// not followed.
+    /// - Throws: `.notQCOW2`, `.malformed`, `.unsupported`, `.backing`, `.dataFile`,
+    ///   `.markedCorrupt` and `.system`, as the other form does.
     public static func open(
         _ device: any BlockDevice, dataFile: (any BlockDevice)? = nil, backing: [Backing] = [],
         options: OpenOptions = OpenOptions()

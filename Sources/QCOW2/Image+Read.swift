@@ -23,6 +23,7 @@ extension Image {
     }
 
     /// The guest bytes from `offset` on, `count` of them.
+    /// - Throws: What `read(into:at:)` throws.
     public func read(at offset: UInt64, count: Int) throws(ImageError) -> [UInt8] {
         try checkRange(offset, UInt64(count))
         var failure: ImageError?

@@ -2,12 +2,14 @@
 extension Image {
     /// The first offset from `offset` on that may hold data (the next mapped byte); nil where only
     /// holes follow.  Granularity is a cluster, or what a raw backing file's `SEEK_DATA` knows.
+    /// - Throws: `.corrupt` where a table cannot be obeyed, `.system` where one cannot be read.
     public func seekData(from offset: UInt64) throws(ImageError) -> UInt64? {
         try walk(from: offset) { !$0 }
     }
 
     /// The first offset from `offset` on that is in a hole (the next unmapped byte); the end of
     /// the disk counts as one.
+    /// - Throws: What `seekData` throws.
     public func seekHole(from offset: UInt64) throws(ImageError) -> UInt64 {
         try walk(from: offset) { $0 } ?? size
     }

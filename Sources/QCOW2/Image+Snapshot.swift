@@ -58,6 +58,7 @@ extension Image {
     }
 
     /// Opens the snapshot that `snapshots()` has as `snapshot`.
+    /// - Throws: `.invalidArgument` where there is no such snapshot; what opening an image throws.
     public func openSnapshot(_ snapshot: Snapshot) throws(ImageError) -> Image {
         try withSnapshotList { list throws(ImageError) in
             guard list.snapshots.contains(snapshot), !list.leaving.contains(snapshot.l1Offset)
@@ -73,6 +74,7 @@ extension Image {
     }
 
     /// Opens the snapshot `word` of the image at `path`; what is opened for it is closed with it.
+    /// - Throws: What `open` throws; `.invalidArgument` where there is no such snapshot.
     public static func openSnapshot(
         _ word: String, ofImageAt path: String, options: OpenOptions = OpenOptions()
     ) throws(ImageError) -> Image {

@@ -7,13 +7,16 @@ extension Image {
     public struct Moment: Sendable {
         /// Since 1970.
         public var seconds: UInt32
+        /// Nanoseconds within that second.
         public var nanoseconds: UInt32
 
+        /// A moment of the past, or of the future.
         public init(seconds: UInt32, nanoseconds: UInt32) {
             self.seconds = seconds
             self.nanoseconds = nanoseconds
         }
 
+        /// What the system's clock says.
         public static var now: Moment {
             var time = timespec()
             clock_gettime(CLOCK_REALTIME, &time)

@@ -17,7 +17,9 @@ internal import Synchronization
 public final class Image: Sendable {
     /// What lies below an image that was opened on a device instead of a path.
     public enum Backing: Sendable {
+        /// An image, whose own backing file is not looked for.
         case qcow2(any BlockDevice)
+        /// A raw disk.
         case raw(any BlockDevice)
     }
 
@@ -116,6 +118,7 @@ public final class Image: Sendable {
     @inline(__always)
     public var size: UInt64 { currentSize.load(ordering: .acquiring) }
 
+    /// Whether `write` and its relatives throw `.readOnly`.
     public var isReadOnly: Bool { writing == nil }
 
     /// Whether any file of the chain keeps its guest data encrypted.

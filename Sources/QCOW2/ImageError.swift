@@ -5,6 +5,7 @@ internal import Glibc
 /// `description` is one sentence without a trailing full stop: `FILE: WHAT`, with the way out
 /// where there is one.  `code` is what a client of a mounted image gets.
 public struct ImageError: Error, Equatable, Sendable, CustomStringConvertible {
+    /// What went wrong, with the numbers and words that belong to it.
     public enum Kind: Equatable, Sendable {
         /// No qcow2 magic.
         case notQCOW2
@@ -41,12 +42,19 @@ public struct ImageError: Error, Equatable, Sendable, CustomStringConvertible {
     }
 
     /// What was wanted when a lock was refused.
-    public enum LockRequest: Equatable, Sendable { case read, write }
+    public enum LockRequest: Equatable, Sendable {
+        /// To read while nobody writes.
+        case read
+        /// To write while nobody reads or writes.
+        case write
+    }
 
+    /// What went wrong.
     public var kind: Kind
     /// The file concerned; empty where a device has no name.
     public var file: String
 
+    /// An error that concerns `file`, which may be empty.
     public init(_ kind: Kind, file: String) {
         self.kind = kind
         self.file = file
@@ -109,9 +117,11 @@ public struct ImageError: Error, Equatable, Sendable, CustomStringConvertible {
 
 /// A part of the format, by name.
 public enum Feature: Equatable, Sendable {
+    /// A version of the format other than 2 and 3.
     case version(UInt32)
     /// Incompatible feature bits that nobody here knows; names come from the feature name table.
     case unknownIncompatible(names: [String], bits: UInt64)
+    /// A compression type other than deflate and zstd.
     case compressionType(UInt8)
 
     var refusal: String {

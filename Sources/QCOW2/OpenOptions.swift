@@ -2,8 +2,15 @@ public import Logging
 
 /// How an image is opened; every part has a default.
 public struct OpenOptions: Sendable {
-    public enum Access: Sendable { case readOnly, readWrite }
+    /// Whether an image is to be changed.
+    public enum Access: Sendable {
+        /// Nothing of the file is changed.
+        case readOnly
+        /// The top layer takes writes; the files below it are only read.
+        case readWrite
+    }
 
+    /// What keeps other programs away.
     public enum Locking: Sendable {
         /// The byte locks QEMU honours are taken, or the open fails.
         case required
@@ -11,9 +18,11 @@ public struct OpenOptions: Sendable {
         case forceShare
     }
 
+    /// Whether an image is to be changed.
     public var access: Access
     /// Which other files the image may make us open.
     public var policy: OpenPolicy
+    /// What keeps other programs away.
     public var locking: Locking
     /// Bytes of L2 tables kept in memory, all layers together.
     public var cacheByteCount: Int
@@ -23,8 +32,10 @@ public struct OpenOptions: Sendable {
     public var bypassesPageCache: Bool
     /// What opens the encrypted files of the chain.
     public var passphrases: PassphraseSource
+    /// Where warnings go: what is odd and is no error.
     public var logger: Logger
 
+    /// The defaults, as far as nothing else is said.
     public init(
         access: Access = .readWrite,
         policy: OpenPolicy = .imageDirectory,

@@ -6,6 +6,7 @@ public struct OpenPolicy: Sendable, Equatable {
     /// Whether any local file may be opened, wherever it lies.
     public var trustsEverything: Bool
 
+    /// A policy that allows the image's own directory, and what is said besides.
     public init(allowedDirectories: [String] = [], trustsEverything: Bool = false) {
         self.allowedDirectories = allowedDirectories
         self.trustsEverything = trustsEverything

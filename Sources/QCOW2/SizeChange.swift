@@ -1,7 +1,10 @@
 /// Another size for a disk: a number of bytes, or so many more or less.
 public enum SizeChange: Sendable, Equatable {
+    /// So many bytes.
     case absolute(UInt64)
+    /// So many bytes more.
     case growth(UInt64)
+    /// So many bytes less.
     case reduction(UInt64)
 
     /// The new size; nil for what is below 0 or no number.
@@ -39,6 +42,8 @@ public enum SizeChange: Sendable, Equatable {
 
 extension Image {
     /// Changes the size of the disk as `resize(to:shrinking:preallocation:)` does.
+    /// - Throws: What `resize(to:shrinking:preallocation:)` throws; `.invalidArgument` for a size
+    ///   below 0.
     public func resize(
         _ change: SizeChange, shrinking: Bool = false,
         preallocation: CreateOptions.Preallocation = .off

@@ -17,6 +17,7 @@ public struct AmendOptions: Sendable {
     /// Whether the data file shall alone be a raw image: that can only be given up.
     public var dataFileIsRaw: Bool?
 
+    /// Options that change nothing.
     public init() {}
 }
 

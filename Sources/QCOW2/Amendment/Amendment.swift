@@ -3,7 +3,11 @@ extension Image {
     ///
     /// Whatever has to be written anew is written behind the end of the file; one write of the
     /// header makes it the image's, so that an interrupted amendment has not happened.
-    /// - Parameter progress: Told what part is done; false cancels, and the image is as it was.
+    /// - Parameters:
+    ///   - path: Where the image is.
+    ///   - options: What shall change.
+    ///   - policy: Which other files may be opened.
+    ///   - progress: Told what part is done; false cancels, and the image is as it was.
     /// - Throws: `.invalidArgument` where it cannot be, `.locked`, `.markedCorrupt`, `.cancelled`,
     ///   and for a change of size what `open` and `resize` throw.
     public static func amend(

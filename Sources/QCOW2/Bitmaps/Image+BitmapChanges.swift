@@ -3,11 +3,13 @@ public enum BitmapChange: Sendable, Equatable {
     /// Makes the bitmap, enabled and without a mark.  Granularity is in bytes, a power of two; nil
     /// takes the cluster size, between 4 KiB and 64 KiB.
     case add(granularity: UInt64?)
+    /// Takes the bitmap out of the image, with its clusters.
     case remove
     /// Takes every mark away.
     case clear
     /// Records what clients change, from the next session on.
     case enable
+    /// Records nothing any more; what is marked stays marked.
     case disable
     /// Marks also what another bitmap marks: of the same image, or of the one at `path`.
     case merge(source: String, path: String?)

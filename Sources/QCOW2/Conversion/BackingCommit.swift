@@ -6,6 +6,8 @@ public enum BackingCommit {
     /// is interrupted, the overlay reads as it did, and it can be started again.
     ///
     /// - Parameters:
+    ///   - path: Where the overlay is.
+    ///   - options: How its files are opened.
     ///   - empties: Whether the overlay's clusters are given back afterwards.
     ///   - progress: Told what part is done; false cancels.
     /// - Throws: `.backing` where there is no backing file; `.locked` where a program uses it;

@@ -2,7 +2,9 @@ internal import Glibc
 
 /// Whether two disks hold the same bytes.
 public enum Comparison {
+    /// What a comparison found out.
     public enum Outcome: Equatable, Sendable {
+        /// Every byte is the same.
         case equal
         /// The first byte at which they differ.
         case different(offset: UInt64)
@@ -13,6 +15,9 @@ public enum Comparison {
     /// Compares `first` with `second`; a longer disk is equal when the rest of it is zero.
     ///
     /// - Parameters:
+    ///   - first: One disk.
+    ///   - second: The other one.
+    ///   - threadCount: Threads that read, the caller's included.
     ///   - isStrict: Whether disks of different sizes differ in any case.
     ///   - progress: Told what part is done; false cancels.
     /// - Throws: what reading throws, and `.cancelled`.

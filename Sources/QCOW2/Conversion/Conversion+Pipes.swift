@@ -137,6 +137,8 @@ extension Conversion {
 
     /// Copies a raw disk that comes through a pipe to a new file at `path`, as
     /// `run(from:toFileAt:)` does.
+    /// - Throws: What reading and writing throw; `.locked` where a program uses the file that is
+    ///   there.
     public func run(from stream: RawStream, toFileAt path: String) throws(ImageError) {
         try checkOptions(path)
         let file = try FileReplacement(of: path)
@@ -152,6 +154,7 @@ extension Conversion {
     }
 
     /// Copies a raw disk that comes through a pipe to another pipe.
+    /// - Throws: `.system` for what either pipe said.
     public static func copy(
         _ stream: RawStream, toDescriptor descriptor: Int32, name: String
     ) throws(ImageError) {

@@ -1,10 +1,19 @@
 /// The hash of a whole disk.
 public enum DiskDigest {
-    public enum Algorithm: String, Sendable { case sha1, sha256 }
+    /// The hash functions, by the name of the program that has them: `sha1sum`, `sha256sum`.
+    public enum Algorithm: String, Sendable {
+        /// SHA-1 (FIPS 180-4), 20 bytes.
+        case sha1
+        /// SHA-256 (FIPS 180-4), 32 bytes.
+        case sha256
+    }
 
     /// Hashes the bytes of `source`; holes are not read, only hashed as the zeros that they are.
     ///
-    /// - Parameter progress: Told what part is done; false cancels.
+    /// - Parameters:
+    ///   - algorithm: The hash function.
+    ///   - source: The disk.
+    ///   - progress: Told what part is done; false cancels.
     /// - Throws: what reading throws; `.cancelled`.
     public static func compute(
         _ algorithm: Algorithm, of source: SourceDisk, progress: ((Double) -> Bool)? = nil

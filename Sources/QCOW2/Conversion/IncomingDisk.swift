@@ -15,6 +15,8 @@ public enum IncomingDisk: Sendable {
     /// in the disk's order, as `convert` and `qemu-img convert` write them.
     ///
     /// - Parameters:
+    ///   - descriptor: What is read; it stays the caller's.
+    ///   - options: How an image is opened.
     ///   - name: What messages call it.
     ///   - format: nil takes what begins with the qcow2 magic for an image, all else for raw.
     ///   - snapshot: The internal snapshot that is meant instead; not from a pipe.

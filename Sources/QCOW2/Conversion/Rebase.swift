@@ -8,6 +8,9 @@ public enum Rebase {
     /// that the disk stays the same whenever this is interrupted.
     ///
     /// - Parameters:
+    ///   - path: Where the overlay is.
+    ///   - options: How its files are opened.
+    ///   - threadCount: Threads that compare, the caller's included.
     ///   - backing: Stored as it is, and found relative to the image; nil for none.
     ///   - format: The backing file's format; nil has it found out by the magic.
     ///   - isUnsafe: Whether only the header changes: nothing is compared, and `backing` need not

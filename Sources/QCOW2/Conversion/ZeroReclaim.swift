@@ -3,8 +3,11 @@ public enum ZeroReclaim {
     /// Looks for whole clusters of `image` itself, not of its backing files, that are full of
     /// zeros, and discards them.
     ///
-    /// - Parameter progress: Told what part is done; false cancels, and leaves what is found so far
-    ///   discarded.
+    /// - Parameters:
+    ///   - image: An image that is open for writing.
+    ///   - threadCount: Threads that read, the caller's included.
+    ///   - progress: Told what part is done; false cancels, and leaves what is found so far
+    ///     discarded.
     /// - Returns: Bytes of the disk whose clusters were given back.
     /// - Throws: what reading and discarding throw; `.cancelled`.
     public static func run(

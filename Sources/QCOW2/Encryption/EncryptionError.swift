@@ -6,6 +6,7 @@ public enum EncryptionError: Error, Equatable, Sendable, CustomStringConvertible
     case wrongPassphrase
     /// The image was opened for its metadata alone, without a passphrase.
     case locked
+    /// The LUKS header has no active key slot: nothing opens it any more.
     case noKeySlot
     /// So many rounds of PBKDF2 that opening would take too long.
     case tooManyRounds(UInt32, of: String, seconds: Int)
@@ -13,6 +14,7 @@ public enum EncryptionError: Error, Equatable, Sendable, CustomStringConvertible
     case writingLegacyAES
     /// The libraries have no such cipher or hash.
     case unavailable(String)
+    /// The key derivation or a cipher got no memory.
     case outOfMemory
     /// A library failed at what cannot fail; the words name the operation.
     case failed(String)

@@ -4,6 +4,7 @@ internal import Glibc
 public final class Passphrase: Sendable {
     private let secret: SecretBytes
 
+    /// A copy of `bytes`, of any length and content.
     public init(_ bytes: UnsafeRawBufferPointer) { secret = SecretBytes(copying: bytes) }
 
     private init(_ secret: SecretBytes) { self.secret = secret }
@@ -49,6 +50,7 @@ public final class Passphrase: Sendable {
     }
 
     /// One that nobody can guess, for a file that nobody opens again.
+    /// - Throws: `.encryption` where the system has no random bytes.
     public static func random() throws(ImageError) -> Passphrase {
         do throws(EncryptionError) {
             return Passphrase(
@@ -77,6 +79,7 @@ public final class Passphrase: Sendable {
 /// Where the passphrases of encrypted files come from.
 public struct PassphraseSource: Sendable {
     /// Asks a person for the passphrase of `file`; nil where there is nobody to ask.
+    /// - Throws: What keeps the person from being asked.
     public typealias Question =
         @Sendable (_ file: String) throws(ImageError) -> Passphrase?
 
@@ -89,6 +92,7 @@ public struct PassphraseSource: Sendable {
     /// throws then.
     public var opensLocked = false
 
+    /// Passphrases that are there already, and whom to ask for others.
     public init(_ passphrases: [Passphrase] = [], question: Question? = nil) {
         self.passphrases = passphrases
         self.question = question

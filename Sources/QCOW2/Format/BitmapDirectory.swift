@@ -1,8 +1,10 @@
 /// One entry of the bitmap directory (specification, "Bitmap directory").
 public struct BitmapEntry: Sendable, Hashable {
-    /// Host offset and number of entries of the bitmap table.
+    /// Host offset of the bitmap table.
     public var tableOffset: UInt64
+    /// Entries of 8 bytes of the bitmap table.
     public var tableEntryCount: UInt32
+    /// Bit 0: in use; bit 1: auto; bit 2: usable although the extra data is unknown.
     public var flags: UInt32
     /// 1: a dirty tracking bitmap.
     public var type: UInt8
@@ -10,6 +12,7 @@ public struct BitmapEntry: Sendable, Hashable {
     public var granularityBits: UInt8
     /// The name as it is stored: UTF-8 by convention, any bytes in fact.
     public var nameBytes: [UInt8]
+    /// Extra data as stored, kept on every rewrite.
     public var extraData: [UInt8]
     /// Where the entry starts in the directory, in bytes.
     package var directoryOffset: Int
@@ -25,6 +28,7 @@ public struct BitmapEntry: Sendable, Hashable {
     /// Where the flags stand in an entry, in bytes.
     package static let flagsOffset = 12
 
+    /// The name for people; bytes that are no UTF-8 are replaced in it.
     public var name: String { String(decoding: nameBytes, as: UTF8.self) }
 
     /// The bitmap was not closed well: its content means nothing.

@@ -1,19 +1,39 @@
 /// A block cipher with its key length, by the name that `qemu-img` has for it.
 public enum CipherAlgorithm: String, Sendable, CaseIterable {
+    /// AES (FIPS 197), a key of 16 bytes.
     case aes128 = "aes-128"
+    /// AES, a key of 24 bytes.
     case aes192 = "aes-192"
+    /// AES, a key of 32 bytes; what `qemu-img` takes for new images.
     case aes256 = "aes-256"
+    /// CAST5 (RFC 2144), a key of 16 bytes and blocks of 8.
     case cast5 = "cast5-128"
+    /// Serpent, a key of 16 bytes.
     case serpent128 = "serpent-128"
+    /// Serpent, a key of 24 bytes.
     case serpent192 = "serpent-192"
+    /// Serpent, a key of 32 bytes.
     case serpent256 = "serpent-256"
+    /// Twofish, a key of 16 bytes.
     case twofish128 = "twofish-128"
+    /// Twofish, a key of 24 bytes.
     case twofish192 = "twofish-192"
+    /// Twofish, a key of 32 bytes.
     case twofish256 = "twofish-256"
 
     /// What a LUKS header calls it; the length of the key stands elsewhere.
-    public enum Family: String, Sendable, CaseIterable { case aes, cast5, serpent, twofish }
+    public enum Family: String, Sendable, CaseIterable {
+        /// AES.
+        case aes
+        /// CAST5.
+        case cast5
+        /// Serpent.
+        case serpent
+        /// Twofish.
+        case twofish
+    }
 
+    /// The cipher without its key length.
     public var family: Family {
         switch self {
         case .aes128, .aes192, .aes256: .aes
@@ -43,7 +63,16 @@ public enum CipherAlgorithm: String, Sendable, CaseIterable {
 }
 
 /// How blocks of a sector are chained.
-public enum CipherMode: String, Sendable, CaseIterable { case ecb, cbc, xts, ctr }
+public enum CipherMode: String, Sendable, CaseIterable {
+    /// Each block alone.
+    case ecb
+    /// Each block with the one before it.
+    case cbc
+    /// Each block with its place in the sector (IEEE 1619).
+    case xts
+    /// A stream of encrypted numbers.
+    case ctr
+}
 
 /// How a sector's number becomes an initialization vector.
 public enum IVGenerator: String, Sendable, CaseIterable {
@@ -57,7 +86,12 @@ public enum IVGenerator: String, Sendable, CaseIterable {
 
 /// A hash function, by the name that LUKS headers and `qemu-img` have for it.
 public enum HashAlgorithm: String, Sendable, CaseIterable {
-    case md5, sha1, sha224, sha256, sha384, sha512, ripemd160
+    /// Known to be weak; found in old volumes.
+    case md5, sha1
+    /// A member of the SHA-2 family (FIPS 180-4).
+    case sha224, sha256, sha384, sha512
+    /// RIPEMD-160.
+    case ripemd160
 
     /// Bytes of a digest.
     public var byteCount: Int {
@@ -74,12 +108,16 @@ public enum HashAlgorithm: String, Sendable, CaseIterable {
 
 /// Cipher, mode and IV generator: everything about encrypted sectors but the key.
 public struct CipherSuite: Sendable, Hashable {
+    /// What encrypts a block.
     public var cipher: CipherAlgorithm
+    /// How the blocks of a sector are chained.
     public var mode: CipherMode
+    /// What makes a sector's initialization vector.
     public var ivGenerator: IVGenerator
     /// The hash of `.essiv`; other generators may name one, which says nothing.
     public var ivHash: HashAlgorithm?
 
+    /// The suite that `qemu-img` takes for new images, as far as nothing else is said.
     public init(
         cipher: CipherAlgorithm = .aes256, mode: CipherMode = .xts,
         ivGenerator: IVGenerator = .plain64, ivHash: HashAlgorithm? = nil

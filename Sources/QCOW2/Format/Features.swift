@@ -43,5 +43,6 @@ public struct AutoclearFeatures: OptionSet, Sendable, Hashable {
 public enum CompressionType: UInt8, Sendable {
     /// Raw deflate (RFC 1951) with a window of 4 KiB.
     case deflate = 0
+    /// Zstandard (RFC 8878), whose frames may have any window.
     case zstd = 1
 }

@@ -4,36 +4,53 @@
 /// specification's "Header" that concerns one number or two; what needs the file's length, the
 /// tables or other files is checked by whoever reads those.
 public struct Header: Sendable, Hashable {
+    /// `QFI` and 0xfb, the first four bytes of every image.
     public static let magic: UInt32 = 0x5146_49fb
     /// Bytes of a version 2 header, and of version 3's oldest form.
     static let byteCountV2: UInt32 = 72
     static let byteCountV3: UInt32 = 104
 
+    /// 2 or 3.
     public var version: UInt32
+    /// Host offset of the backing file's name; 0 without one.
     public var backingFileOffset: UInt64
+    /// Bytes of the backing file's name, 1023 at most.
     public var backingFileByteCount: UInt32
+    /// A cluster has `1 << clusterBits` bytes: 9 to 21.
     public var clusterBits: UInt32
     /// Bytes of the virtual disk, as stored.
     public var size: UInt64
     /// 0 none, 1 AES, 2 LUKS.
     public var encryptionMethod: UInt32
+    /// Entries of 8 bytes of the active L1 table.
     public var l1EntryCount: UInt32
+    /// Host offset of the active L1 table, a multiple of the cluster size.
     public var l1Offset: UInt64
+    /// Host offset of the refcount table, a multiple of the cluster size.
     public var refcountTableOffset: UInt64
+    /// Clusters of the refcount table.
     public var refcountTableClusterCount: UInt32
+    /// Internal snapshots in the snapshot table.
     public var snapshotCount: UInt32
+    /// Host offset of the snapshot table; without meaning where there are no snapshots.
     public var snapshotsOffset: UInt64
+    /// What a program has to know to read the image; none in version 2.
     public var incompatibleFeatures: IncompatibleFeatures = []
+    /// What a program may ignore; none in version 2.
     public var compatibleFeatures: CompatibleFeatures = []
+    /// What a program clears that writes without knowing it; none in version 2.
     public var autoclearFeatures: AutoclearFeatures = []
     /// A refcount has `1 << refcountOrder` bits.
     public var refcountOrder: UInt32 = 4
     /// Bytes of the fixed part.
     public var byteCount: UInt32 = Header.byteCountV2
+    /// How compressed clusters are compressed; deflate where the field is missing.
     public var compressionType: CompressionType = .deflate
     /// The name of the backing file as stored, nil without one.
     public var backingFile: String?
+    /// All header extensions in their order, the end marker left out.
     public var extensions: [HeaderExtension] = []
+    /// Where the bitmap directory is; nil without bitmaps.
     public var bitmaps: BitmapsExtension?
     /// What a version 3 header has behind the fields that are known, kept verbatim.
     public var unknownFields: [UInt8] = []

@@ -1,18 +1,27 @@
 /// A header extension: type, data, kept verbatim whether it is known or not.
 public struct HeaderExtension: Sendable, Hashable {
+    /// Which extension it is.
     public var type: UInt32
+    /// The data as stored, without its padding to a multiple of 8 bytes.
     public var data: [UInt8]
 
+    /// An extension of any type.
     public init(type: UInt32, data: [UInt8]) {
         self.type = type
         self.data = data
     }
 
+    /// The end of the extensions.
     public static let end: UInt32 = 0
+    /// The format of the backing file, as a string.
     public static let backingFormat: UInt32 = 0xE279_2ACA
+    /// The feature name table.
     public static let featureNames: UInt32 = 0x6803_F857
+    /// The bitmaps extension.
     public static let bitmaps: UInt32 = 0x2385_2875
+    /// The full disk encryption header pointer.
     public static let encryptionHeader: UInt32 = 0x0537_BE77
+    /// The name of the external data file, as a string.
     public static let externalDataFile: UInt32 = 0x4441_5441
     /// Ours: room that a removed extension has left between others.
     static let unused: UInt32 = 0x5155_4e55
@@ -62,6 +71,7 @@ public struct HeaderExtension: Sendable, Hashable {
 
 /// The bitmaps extension: where the bitmap directory is.
 public struct BitmapsExtension: Sendable, Hashable {
+    /// Bitmaps in the directory.
     public var count: UInt32
     /// Bytes of the directory.
     public var directoryByteCount: UInt64

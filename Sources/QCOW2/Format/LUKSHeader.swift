@@ -26,23 +26,34 @@ public struct LUKSHeader: Sendable, Hashable {
     /// | 40     | 4     | where the key material is, in sectors  |
     /// | 44     | 4     | stripes of the splitter, 4000          |
     public struct KeySlot: Sendable, Hashable {
+        /// Whether a passphrase opens the slot.
         public var isActive: Bool
+        /// Rounds of PBKDF2.
         public var iterations: UInt32
+        /// 32 bytes that go into PBKDF2.
         public var salt: [UInt8]
         /// Sectors of 512 bytes.
         public var keyMaterialOffset: UInt32
+        /// Stripes of the anti-forensic splitter: the key material is so many times as long as the
+        /// key.
         public var stripes: UInt32
     }
 
+    /// Cipher, mode and IV generator of the payload.
     public var suite: CipherSuite
     /// The hash of PBKDF2 and of the anti-forensic splitter.
     public var hash: HashAlgorithm
     /// Sectors of 512 bytes.
     public var payloadOffset: UInt32
+    /// 20 bytes that PBKDF2 makes of the right key.
     public var keyDigest: [UInt8]
+    /// 32 bytes that go into the digest of the key.
     public var keyDigestSalt: [UInt8]
+    /// Rounds of PBKDF2 for the digest of the key.
     public var keyDigestIterations: UInt32
+    /// The volume's UUID, as text.
     public var uuid: String
+    /// All eight slots, active or not.
     public var keySlots: [KeySlot]
 
     package static let byteCount = 592
@@ -202,6 +213,7 @@ extension Array where Element == UInt8 {
 public struct EncryptionExtension: Sendable, Hashable {
     /// Host offset.
     public var offset: UInt64
+    /// Bytes of the LUKS header with all key material.
     public var byteCount: UInt64
 
     init(offset: UInt64, byteCount: UInt64) {

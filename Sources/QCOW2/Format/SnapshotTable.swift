@@ -1,14 +1,18 @@
 /// One entry of the snapshot table (specification, "Snapshots").
 public struct Snapshot: Sendable, Hashable {
-    /// Host offset and number of entries of the snapshot's L1 table.
+    /// Host offset of the snapshot's L1 table.
     public var l1Offset: UInt64
+    /// Entries of 8 bytes of the snapshot's L1 table.
     public var l1EntryCount: UInt32
-    /// Identifier and name as stored: UTF-8 by convention, but nobody says so.
+    /// The identifier as stored: UTF-8 by convention, but nobody says so.
     public var idBytes: [UInt8]
+    /// The name as stored, any bytes.
     public var nameBytes: [UInt8]
-    /// When it was made, since 1970, and the guest's clock then.
+    /// When it was made, in seconds since 1970.
     public var seconds: UInt32
+    /// Nanoseconds within that second.
     public var nanoseconds: UInt32
+    /// The time that the guest had run for, in nanoseconds.
     public var guestClockNanoseconds: UInt64
     /// Bytes of VM state.
     public var vmStateByteCount: UInt64
@@ -38,7 +42,9 @@ public struct Snapshot: Sendable, Hashable {
         self.extraData = extraData
     }
 
+    /// The identifier for people; bytes that are no UTF-8 are replaced in it.
     public var id: String { String(decoding: idBytes, as: UTF8.self) }
+    /// The name for people; bytes that are no UTF-8 are replaced in it.
     public var name: String { String(decoding: nameBytes, as: UTF8.self) }
 
     /// Bytes of the entry with its padding.

@@ -2,45 +2,75 @@
 public enum CheckFinding: Sendable, Equatable {
     /// What a structure is part of.
     public enum Owner: Sendable, Equatable {
+        /// The disk as it is now.
         case active
+        /// An internal snapshot.
         case snapshot(id: String, name: String)
     }
 
     // Structures
+    /// A snapshot that a power cut has left without its L1 table.
     case snapshotIncomplete(id: String, name: String)
+    /// A snapshot whose L1 table cannot be right.
     case snapshotTable(id: String, name: String, FormatError)
+    /// An L1 entry with bits set that should be 0.
     case l1EntryReserved(Owner, index: UInt64, entry: UInt64)
+    /// An L1 entry that points into the middle of a cluster; `offset` is the host offset.
     case l2TableMisaligned(Owner, index: UInt64, offset: UInt64)
+    /// An L2 entry with bits set that should be 0.
     case l2EntryReserved(entry: UInt64)
+    /// An L2 entry of a compressed cluster with the COPIED flag, which it cannot have.
     case compressedAndCopied(entry: UInt64)
+    /// A compressed cluster in an image with an external data file.
     case compressedWithDataFile(entry: UInt64)
+    /// Snapshots in an image with an external data file.
     case snapshotsWithDataFile(count: UInt32)
+    /// A compressed cluster with a bitmap of subclusters.
     case compressedWithBitmap(entry: UInt64, bitmap: UInt64)
+    /// Subclusters that are allocated and zero at once.
     case subclustersClash(entry: UInt64, bitmap: UInt64)
+    /// Allocated subclusters without a host cluster.
     case subclustersWithoutCluster(bitmap: UInt64)
+    /// An L2 entry that points into the middle of a cluster.
     case dataMisaligned(entry: UInt64)
+    /// The same of a cluster that reads as zeros.
     case zeroMisaligned(entry: UInt64)
+    /// A bitmap directory that cannot be right.
     case bitmapDirectory(FormatError)
+    /// A bitmap table that cannot be right.
     case bitmapTable(name: String, FormatError)
+    /// An entry of a bitmap table with bits set that should be 0.
     case bitmapEntryReserved(name: String, index: UInt64, entry: UInt64)
+    /// Something that lies past the largest host offset; in bytes.
     case pastTheEnd(offset: UInt64, byteCount: UInt64)
+    /// A cluster, by its number in the file, with more references than its count can hold.
     case countTooLarge(cluster: UInt64)
 
     // Reference counts
+    /// An entry of the refcount table with bits set that should be 0.
     case refcountTableEntryReserved(index: UInt64, entry: UInt64)
+    /// An entry of the refcount table that points into the middle of a cluster.
     case refcountBlockMisaligned(index: UInt64, offset: UInt64)
+    /// A refcount block past the end of the file; `offset` is its host offset.
     case refcountBlockOutside(index: UInt64, offset: UInt64)
+    /// A refcount block that is used `count` times.
     case refcountBlockShared(index: UInt64, count: UInt64)
+    /// A cluster, by its number in the file, with more references than its count says.
     case countTooLow(cluster: UInt64, stored: UInt64, found: UInt64)
+    /// A cluster, by its number in the file, with fewer references than its count says.
     case leak(cluster: UInt64, stored: UInt64, found: UInt64)
 
     // The COPIED flag
+    /// An L1 entry whose COPIED flag does not fit the count of the L2 table.
     case l2TableCopied(index: UInt64, entry: UInt64, stored: UInt64)
+    /// An L2 entry whose COPIED flag does not fit the count of the cluster.
     case clusterCopied(entry: UInt64, stored: UInt64)
 
     // What could not be examined
+    /// A cluster whose refcount block, at host offset `block`, cannot be read.
     case unreadableCount(cluster: UInt64, block: UInt64)
 
+    /// How bad a finding is.
     public enum Severity: Sendable {
         /// Data is damaged, or writing may damage it.
         case corruption
@@ -50,6 +80,7 @@ public enum CheckFinding: Sendable, Equatable {
         case unchecked
     }
 
+    /// How bad it is.
     public var severity: Severity {
         switch self {
         case .leak: .leak
@@ -88,6 +119,7 @@ extension CheckFinding {
 }
 
 extension CheckFinding: CustomStringConvertible {
+    /// One sentence that names places and numbers.
     public var description: String {
         switch self {
         case .snapshotIncomplete(let id, let name):

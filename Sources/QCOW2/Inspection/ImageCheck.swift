@@ -7,11 +7,13 @@ public struct ImageCheck: Sendable, Equatable {
     /// Things that could not be checked.
     public var errorCount: UInt64 = 0
 
-    /// Clusters of the virtual disk, and how many of them have host clusters, do not follow their
-    /// predecessor, or are compressed.
+    /// Clusters of the virtual disk.
     public var totalClusterCount: UInt64 = 0
+    /// Guest clusters that have a host cluster or a compressed stream.
     public var allocatedClusterCount: UInt64 = 0
+    /// Guest clusters that do not follow their predecessor in the file.
     public var fragmentedClusterCount: UInt64 = 0
+    /// Guest clusters that are compressed.
     public var compressedClusterCount: UInt64 = 0
     /// The end of the last host cluster in use, in bytes.
     public var imageEndOffset: UInt64 = 0
@@ -19,6 +21,8 @@ public struct ImageCheck: Sendable, Equatable {
     /// Checks the image at `path`, and changes nothing.
     ///
     /// - Parameters:
+    ///   - path: Where the image is.
+    ///   - locking: What keeps writers away meanwhile.
     ///   - report: Gets each finding as it is met.
     ///   - progress: Gets the part that is done, from 0 to 1, as the check goes on.
     /// - Throws: What opening throws, and `.system` or `.malformed` where the walk cannot go on.
@@ -33,6 +37,7 @@ public struct ImageCheck: Sendable, Equatable {
     }
 
     /// Checks the image on a device.
+    /// - Throws: `.system` or `.malformed` where the walk cannot go on.
     public init(
         _ device: any BlockDevice, report: @escaping (CheckFinding) -> Void = { _ in },
         progress: ((Double) -> Void)? = nil

@@ -1,9 +1,16 @@
 /// What an image says of itself.
 public struct ImageInfo: Sendable {
-    public enum Format: String, Sendable { case qcow2, raw }
+    /// What a file is.
+    public enum Format: String, Sendable {
+        /// An image.
+        case qcow2
+        /// The bytes of a disk.
+        case raw
+    }
 
     /// The path as it was given.
     public var path: String
+    /// What the file is.
     public var format: Format
     /// Bytes of the virtual disk.
     public var virtualByteCount: UInt64
@@ -11,7 +18,9 @@ public struct ImageInfo: Sendable {
     public var allocatedByteCount: UInt64
     /// Nil for a raw file.
     public var header: Header?
+    /// The internal snapshots, in the table's order.
     public var snapshots: [Snapshot] = []
+    /// The persistent bitmaps, in the directory's order.
     public var bitmaps: [BitmapEntry] = []
     /// Nil without LUKS encryption.
     public var luks: LUKSHeader?

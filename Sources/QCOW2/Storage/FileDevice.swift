@@ -6,7 +6,13 @@ private import Synchronization
 /// The file is open from the initializer to `close()`, always through the same descriptor, because
 /// the locks of `ImageLock` belong to it.
 public final class FileDevice: BlockDevice {
-    public enum Access: Sendable { case readOnly, readWrite }
+    /// What the file is opened for.
+    public enum Access: Sendable {
+        /// Reading (`O_RDONLY`).
+        case readOnly
+        /// Reading and writing (`O_RDWR`).
+        case readWrite
+    }
 
     /// What tells one file from another, whatever its names are.
     package struct Identity: Hashable, Sendable {
@@ -30,6 +36,7 @@ public final class FileDevice: BlockDevice {
     }
 
     public let name: String
+    /// What the file was opened for.
     public let access: Access
     nonisolated(unsafe) public let mappedBytes: UnsafeRawBufferPointer?
 
@@ -45,6 +52,8 @@ public final class FileDevice: BlockDevice {
     /// Opens the file at `path`, which has to exist.
     ///
     /// - Parameters:
+    ///   - path: Where the file is.
+    ///   - access: What it is opened for.
     ///   - bypassesPageCache: Reads and writes go to the disk itself (`O_DIRECT`); requests need
     ///     no alignment.
     ///   - mapsBytes: Whether `mappedBytes` is wanted; it exists only where the file system is

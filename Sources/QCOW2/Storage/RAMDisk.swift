@@ -63,7 +63,7 @@ public final class RAMDisk: BlockDevice {
         }
     }
 
-    /// Memory is as stable as this device gets.
+    /// Memory is as stable as this device gets: nothing happens, and nothing is thrown.
     public func flush() throws(SystemError) {}
 
     public func resize(to byteCount: UInt64) throws(SystemError) {

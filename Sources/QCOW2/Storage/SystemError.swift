@@ -5,6 +5,7 @@ public struct SystemError: Error, Hashable, Sendable, CustomStringConvertible {
     /// The `errno` value, never 0.
     public let code: Int32
 
+    /// The error with this `errno` value, which is not 0.
     public init(code: Int32) { self.code = code }
 
     /// The words of `strerror_r`.
@@ -18,10 +19,16 @@ public struct SystemError: Error, Hashable, Sendable, CustomStringConvertible {
     /// The `errno` that the last call of this thread left.
     public static var last: SystemError { SystemError(code: errno) }
 
+    /// `EIO`
     public static let inputOutput = SystemError(code: EIO)
+    /// `ENOSPC`
     public static let noSpace = SystemError(code: ENOSPC)
+    /// `ENOMEM`
     public static let noMemory = SystemError(code: ENOMEM)
+    /// `EROFS`
     public static let readOnly = SystemError(code: EROFS)
+    /// `EOPNOTSUPP`
     public static let notSupported = SystemError(code: EOPNOTSUPP)
+    /// `EINVAL`
     public static let invalid = SystemError(code: EINVAL)
 }

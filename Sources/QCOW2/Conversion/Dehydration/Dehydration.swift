@@ -10,13 +10,14 @@ public struct Dehydration: Sendable {
     /// the same length.
     public var redactsNames = false
 
+    /// One that keeps names.
     public init() {}
 
     /// What was kept.
     public struct Summary: Sendable, Equatable {
-        /// Bytes of metadata that are not zero, in runs of 64 KiB at most, and of the file that has
-        /// them.
+        /// Bytes of metadata that are not zero, in runs of 64 KiB at most.
         public var metadataByteCount: UInt64 = 0
+        /// Bytes of the image's file.
         public var byteCount: UInt64 = 0
         /// Entries that were left out because they might have been a guest's bytes.
         public var omittedEntryCount: UInt64 = 0
@@ -27,7 +28,11 @@ public struct Dehydration: Sendable {
     /// Keeps the metadata of the image at `path` in a new file at `target`, which takes its place
     /// when it is complete.
     ///
-    /// - Parameter progress: Told what part is done; false cancels.
+    /// - Parameters:
+    ///   - path: Where the image is.
+    ///   - target: What the new file is called.
+    ///   - locking: What keeps writers away meanwhile.
+    ///   - progress: Told what part is done; false cancels.
     /// - Throws: `.notQCOW2`, `.locked`, `.system`, `.cancelled`.
     public func run(
         path: String, toFileAt target: String, locking: OpenOptions.Locking = .required,
@@ -47,6 +52,7 @@ public struct Dehydration: Sendable {
     }
 
     /// Keeps the metadata of the image on `device` on `target`, whose content is lost.
+    /// - Throws: `.notQCOW2`, `.system`, `.cancelled`.
     public func run(
         _ device: any BlockDevice, to target: any BlockDevice,
         progress: ((Double) -> Bool)? = nil

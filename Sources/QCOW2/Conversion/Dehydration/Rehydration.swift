@@ -16,6 +16,7 @@ public enum Rehydration {
     }
 
     /// Makes the image that `source` has on `target`, whose content is lost.
+    /// - Throws: `.corrupt` for what `Dehydration` has not made, and `.system`.
     public static func run(
         _ source: any BlockDevice, to target: any BlockDevice
     ) throws(ImageError) {

@@ -1,18 +1,20 @@
 extension ImageAudit {
     /// What the disk has, as the active L2 tables say.
     public struct Contents: Sendable, Equatable {
-        /// L2 tables that the L1 table points to, and how many of them were looked at: a hostile
-        /// image can have more than anybody wants to read.
+        /// L2 tables that the L1 table points to.
         public var l2TableCount: UInt64 = 0
+        /// L2 tables that were looked at: a hostile image can have more than anybody wants to read.
         public var lookedAtCount: UInt64 = 0
-        /// Clusters that have bytes of their own, and how many of them are compressed.
+        /// Clusters that have bytes of their own.
         public var dataClusterCount: UInt64 = 0
+        /// Clusters that are compressed streams.
         public var compressedClusterCount: UInt64 = 0
         /// Bytes of compressed streams, each up to the end of its last sector of 512 bytes.
         public var streamByteCount: UInt64 = 0
         /// Bytes that a copy of the data takes.
         public var expandedByteCount: UInt64 = 0
 
+        /// Whether the numbers are those of the whole disk.
         public var isComplete: Bool { lookedAtCount == l2TableCount }
     }
 

@@ -3,9 +3,11 @@ extension ImageAudit {
     public struct Encryption: Sendable {
         /// One active key slot.
         public struct KeySlot: Sendable, Equatable {
+            /// 0 to 7.
             public var number: Int
-            /// Rounds of PBKDF2, and the seconds that they take on this machine.
+            /// Rounds of PBKDF2.
             public var iterations: UInt32
+            /// Seconds that the rounds take on this machine; nil where that could not be measured.
             public var seconds: Double?
         }
 

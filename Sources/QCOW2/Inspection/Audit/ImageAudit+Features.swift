@@ -2,9 +2,18 @@ extension ImageAudit {
     /// A feature bit that is set in the header.
     public struct FeatureBit: Sendable, Equatable {
         /// Which of the header's three fields it stands in.
-        public enum Kind: UInt8, Sendable { case incompatible, compatible, autoclear }
+        public enum Kind: UInt8, Sendable {
+            /// Who does not know the bit must not open the image.
+            case incompatible
+            /// Who does not know the bit may ignore it.
+            case compatible
+            /// Who does not know the bit clears it before writing.
+            case autoclear
+        }
 
+        /// The field that the bit stands in.
         public var kind: Kind
+        /// 0 to 63, the lowest first.
         public var bit: UInt8
         /// What the specification, or else the image's feature name table, calls it.
         public var name: String?

@@ -1,11 +1,15 @@
 extension ImageAudit {
     /// Another file that the header names.
     public struct Reference: Sendable, Equatable {
+        /// What the file is to the image.
         public enum Role: String, Sendable {
+            /// What reads where the image has nothing.
             case backingFile = "backing-file"
+            /// Where the guest's bytes are.
             case dataFile = "data-file"
         }
 
+        /// How the name is written.
         public enum Form: String, Sendable {
             /// A local path, relative to the image or absolute.
             case path
@@ -15,21 +19,27 @@ extension ImageAudit {
             case `protocol`
         }
 
+        /// Whether the policy lets the file be opened.
         public enum Verdict: String, Sendable {
+            /// The policy's answer.
             case allowed, refused
             /// A name that the policy allows leads nowhere.
             case missing
         }
 
+        /// What the file is to the image.
         public var role: Role
         /// The name as it is stored.
         public var name: String
         /// The format that the header says; nil where it says none.
         public var format: String?
+        /// How the name is written.
         public var form: Form
-        /// Where a path is looked for, and the file that this is without any symbolic link.
+        /// Where a path is looked for; nil for what is no path.
         public var location: String?
+        /// The file without any symbolic link; nil where there is none.
         public var resolvedPath: String?
+        /// What the policy says.
         public var verdict: Verdict
         /// Why the file is not opened.
         public var reason: String?

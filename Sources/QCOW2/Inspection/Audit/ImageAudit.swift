@@ -6,19 +6,25 @@
 public struct ImageAudit: Sendable {
     /// The path as it was given.
     public var path: String
+    /// The header, as far as it could be believed.
     public var header: Header
-    /// Bytes of the file, and how many it takes on its disk.
+    /// Bytes of the file.
     public var fileByteCount: UInt64
+    /// Bytes that the file takes on its disk.
     public var allocatedByteCount: UInt64
+    /// The internal snapshots, in the table's order.
     public var snapshots: [Snapshot] = []
+    /// The persistent bitmaps, in the directory's order.
     public var bitmaps: [BitmapEntry] = []
-    /// Every other file that the header names, and every feature bit that it sets.
+    /// Every other file that the header names.
     public var references: [Reference] = []
+    /// Every feature bit that the header sets.
     public var features: [FeatureBit] = []
     /// Nil for an image that is not encrypted.
     public var encryption: Encryption?
     /// Bytes of each table that a program has to read.
     public var tables = Tables()
+    /// What the active L2 tables say of the disk.
     public var contents = Contents()
     /// Why the image is not opened: by the policy, by a limit, or for want of knowledge.
     public var refusals: [String] = []
@@ -30,7 +36,10 @@ public struct ImageAudit: Sendable {
 
     /// Examines the image at `path`.
     ///
-    /// - Parameter policy: What references are judged by.
+    /// - Parameters:
+    ///   - path: Where the image is.
+    ///   - locking: What keeps writers away meanwhile.
+    ///   - policy: What references are judged by.
     /// - Throws: `.notQCOW2`, `.malformed`, `.unsupported` where the header cannot be that of an
     ///   image, `.locked`, `.system`.
     public init(
@@ -57,18 +66,24 @@ public struct ImageAudit: Sendable {
 
     /// Bytes that each kind of table has, as the header and the directories say.
     public struct Tables: Sendable, Equatable {
+        /// The active L1 table.
         public var l1: UInt64 = 0
+        /// The refcount table.
         public var refcountTable: UInt64 = 0
+        /// The snapshot table.
         public var snapshotTable: UInt64 = 0
         /// The L1 tables of all snapshots.
         public var snapshotL1: UInt64 = 0
+        /// The bitmap directory.
         public var bitmapDirectory: UInt64 = 0
-        /// The tables of all bitmaps, and what they point to.
+        /// The tables of all bitmaps.
         public var bitmapTables: UInt64 = 0
+        /// The clusters that the bitmap tables point to.
         public var bitmapData: UInt64 = 0
         /// The LUKS header with its key material.
         public var luks: UInt64 = 0
 
+        /// All of them together, in bytes.
         public var total: UInt64 {
             [l1, refcountTable, snapshotTable, snapshotL1, bitmapDirectory, bitmapTables]
                 .reduce(bitmapData &+ luks, &+)

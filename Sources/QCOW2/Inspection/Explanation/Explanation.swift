@@ -12,24 +12,31 @@ public struct Explanation: Sendable {
 
     /// What one file of the chain says of the byte.
     public struct Layer: Sendable {
+        /// The file.
         public var path: String
+        /// What the file is.
         public var format: ImageInfo.Format
-        /// Bytes of the file's disk, and of its clusters (nil for a raw disk).
+        /// Bytes of the file's disk.
         public var virtualByteCount: UInt64
+        /// Bytes of a cluster; nil for a raw disk.
         public var clusterByteCount: UInt64?
         /// The entry of the L1 table; nil where there is no such entry.
         public var l1: TableEntry?
         /// The entry of the L2 table; nil where there is no such table.
         public var l2: TableEntry?
+        /// The part of the cluster; nil without extended L2 entries.
         public var subcluster: Subcluster?
+        /// What the file has there.
         public var answer: Answer
         /// Where the byte lies; nil where it is stored nowhere, or in a stream.
         public var place: Place?
+        /// The compressed cluster that the byte is in; nil where it is in none.
         public var stream: Stream?
         /// The host clusters that the L2 entry refers to, with their reference counts.
         public var clusters: [HostCluster] = []
         /// The snapshots with the same L2 table or cluster here.
         public var sharers: [Sharer] = []
+        /// How the byte is encrypted; nil where it is not.
         public var encryption: Encryption?
     }
 
@@ -53,14 +60,19 @@ public struct Explanation: Sendable {
 
     /// An entry of an L1 or L2 table.
     public struct TableEntry: Sendable, Equatable {
+        /// The entry's number in its table, from 0.
         public var index: UInt64
-        /// Where the entry stands, and the entry.
+        /// Host offset of the entry.
         public var place: UInt64
+        /// The entry as it is stored, in the host's byte order.
         public var bits: UInt64
         /// What it points to: an L2 table, a cluster or a stream; 0 for nothing.
         public var target: UInt64
+        /// Whether the COPIED flag is set: exactly one reference.
         public var isCopied: Bool
+        /// Whether the entry describes a compressed stream.
         public var isCompressed = false
+        /// Whether the cluster reads as zeros.
         public var hasZeroFlag = false
         /// Bits that should be 0.
         public var reservedBits: UInt64
@@ -70,45 +82,65 @@ public struct Explanation: Sendable {
 
     /// One of the 32 parts of a cluster, in an image with extended L2 entries.
     public struct Subcluster: Sendable, Equatable {
+        /// 0 to 31.
         public var index: Int
-        /// A bit for each subcluster, the first one lowest.
+        /// A bit for each subcluster that has data, the first one lowest.
         public var allocated: UInt32
+        /// A bit for each subcluster that reads as zeros.
         public var zero: UInt32
     }
 
+    /// Where a byte lies.
     public struct Place: Sendable, Equatable {
         /// The image's own file, or its external data file as the header names it.
         public var path: String
+        /// Bytes from the start of that file.
         public var offset: UInt64
     }
 
     /// A compressed cluster.
     public struct Stream: Sendable, Equatable {
+        /// Host offset of the stream's first byte.
         public var offset: UInt64
         /// Bytes up to the end of the stream's last sector: the stream may be shorter.
         public var byteCount: Int
         /// Which byte of the cluster that comes out is meant.
         public var position: UInt64
+        /// How it is compressed.
         public var type: CompressionType
     }
 
+    /// A host cluster that an entry refers to.
     public struct HostCluster: Sendable, Equatable {
+        /// Host offset, a multiple of the cluster size.
         public var offset: UInt64
         /// Nil where the count cannot be read.
         public var refcount: UInt64?
     }
 
+    /// A snapshot that shows the same bytes here.
     public struct Sharer: Sendable, Equatable {
+        /// The snapshot's identifier.
         public var id: String
+        /// The snapshot's name.
         public var name: String
+        /// Whether its L1 table leads to the same L2 table.
         public var sharesTable: Bool
+        /// Whether it leads to the same host cluster.
         public var sharesCluster: Bool
     }
 
     /// How the sector of 512 bytes around the byte is encrypted.
     public struct Encryption: Sendable, Equatable {
-        public enum Method: String, Sendable { case aes, luks }
+        /// Legacy AES, or LUKS.
+        public enum Method: String, Sendable {
+            /// One key for the file, no header.
+            case aes
+            /// A LUKS header with key slots.
+            case luks
+        }
 
+        /// Which of the format's two kinds of encryption it is.
         public var method: Method
         /// What its initialization vector is made of: the sector's number in the file (LUKS) or on
         /// the disk (legacy AES).
@@ -120,6 +152,9 @@ extension Explanation {
     /// Follows the byte at `offset` of the image at `path`.
     ///
     /// - Parameters:
+    ///   - path: Where the image is.
+    ///   - offset: A byte of the disk.
+    ///   - locking: What keeps writers away meanwhile.
     ///   - snapshot: The internal snapshot, by identifier or name, that is meant instead.
     ///   - policy: Which backing files may be asked; one that may not is an obstacle.
     /// - Throws: `.invalidArgument` for an offset outside of the disk, and what opening the image

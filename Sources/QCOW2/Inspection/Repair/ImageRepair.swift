@@ -1,5 +1,6 @@
 /// Makes an image's tables and reference counts agree again.
 public struct ImageRepair: Sendable {
+    /// How much is repaired.
     public enum Scope: Sendable {
         /// Only what wastes space: counts that are too high.
         case leaks
@@ -9,7 +10,9 @@ public struct ImageRepair: Sendable {
 
     /// What a second check found after the repair.
     public let check: ImageCheck
+    /// Findings that meant damage, and are gone.
     public let fixedCorruptionCount: UInt64
+    /// Clusters that nothing used, and that are free again.
     public let fixedLeakCount: UInt64
     /// Where the replaced metadata was saved; nil where nothing had to be changed.
     public let undoPath: String?
@@ -17,6 +20,9 @@ public struct ImageRepair: Sendable {
     /// Repairs the image at `path`, which nobody else may have open.
     ///
     /// - Parameters:
+    ///   - path: Where the image is.
+    ///   - scope: How much is repaired.
+    ///   - progress: Gets the part that is done, from 0 to 1, as the check goes on.
     ///   - report: Gets each finding of the first check.
     ///   - announce: Gets what is going to be done, a line each, before anything is written.
     /// - Throws: what a check throws; `.locked`; `.system` where the image or the file with the
