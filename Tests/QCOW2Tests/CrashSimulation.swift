@@ -81,7 +81,7 @@ struct CrashSimulation {
 
     private func act(_ random: inout RepeatableRandom, _ steps: CrashSteps) throws {
         let device = layout.device(of: steps.record)
-        switch random.number(below: 6) {
+        switch random.number(below: 8) {
         case 0 where !layout.hasDataFile:
             try steps.change(.repair) {
                 let scope: ImageRepair.Scope = random.chance(oneIn: 2) ? .all : .leaks
@@ -89,17 +89,46 @@ struct CrashSimulation {
             }
         case 1 where !layout.hasDataFile: try amend(device, &random, steps)
         case 2..<5 where layout.hasBitmaps: try changeBitmap(&random, steps)
+        case 5..<8 where !layout.hasDataFile: try compact(device, &random, steps)
         default: break
+        }
+    }
+
+    /// In steps of a few clusters or all at once, and mostly not to the end.
+    private func compact(
+        _ device: any BlockDevice, _ random: inout RepeatableRandom, _ steps: CrashSteps
+    ) throws {
+        try settle(device, steps)
+        if try ImageCheck(device).corruptionCount > 0 {
+            try steps.change(.repair) {
+                _ = try ImageRepair(on: device, scope: .all, undoPath: nil)
+            }
+        }
+        let limit = random.chance(oneIn: 3) ? Int.max : random.number(below: 20)
+        let stepByteCount = UInt64(512) << UInt64(random.number(below: 10))
+        try steps.change(.rewrite) {
+            var calls = 0
+            do {
+                try Image.compact(on: device, stepByteCount: stepByteCount) { _ in
+                    calls += 1
+                    return calls <= limit
+                }
+            } catch let error as ImageError where error.kind == .cancelled {}
+        }
+    }
+
+    /// Opening an image that was not closed rebuilds its counts.
+    private func settle(_ device: any BlockDevice, _ steps: CrashSteps) throws {
+        if try Header.read(from: device).incompatibleFeatures.contains(.dirty) {
+            try steps.change(.rewrite) { try layout.open(steps.record).close() }
         }
     }
 
     private func amend(
         _ device: any BlockDevice, _ random: inout RepeatableRandom, _ steps: CrashSteps
     ) throws {
+        try settle(device, steps)
         let header = try Header.read(from: device)
-        if header.incompatibleFeatures.contains(.dirty) {
-            try steps.change(.rewrite) { try layout.open(steps.record).close() }
-        }
         var options = AmendOptions()
         switch random.number(below: 3) {
         case 0: options.version = header.version == 3 ? .v2 : .v3

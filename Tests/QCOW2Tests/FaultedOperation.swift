@@ -153,12 +153,31 @@ struct FaultedOperation: Sendable, CustomTestStringConvertible {
         .init(
             "amend to version 3", CrashLayout.all[3],
             onDevice: { device, _, _ in try amend(device) { $0.version = .v3 } }),
+        .init("compact", onDevice: { device, _, _ in try compact(device) }),
+        .init(
+            "compact streams", CrashLayout(clusterBits: 12, guestClusters: 48, hasCompressed: true),
+            onDevice: { device, _, _ in try compact(device) }),
+        .init("compact bitmaps", marked, onDevice: { device, _, _ in try compact(device) }),
         .init(
             "repair",
             onDevice: { device, _, _ in
                 _ = try ImageRepair(on: device, scope: .all, undoPath: nil)
             }),
     ]
+
+    /// What the snapshot held goes, and everything is moved in several steps.
+    private static func compact(_ device: any BlockDevice) throws {
+        let image = try Image.open(device)
+        do {
+            if try !image.snapshots().isEmpty { try image.deleteSnapshot("kept") }
+            try image.discard(0..<image.size / 3)
+        } catch {
+            try? image.close()
+            throw error
+        }
+        try image.close()
+        try Image.compact(on: device, stepByteCount: 8192) { _ in true }
+    }
 
     private static func amend(
         _ device: any BlockDevice, _ change: (inout AmendOptions) -> Void

@@ -120,6 +120,8 @@ extension BitmapsExtension {
 
     /// Bytes of the extension's data.
     package static let byteCount = 24
+    /// Where the directory's offset stands in the data, in bytes.
+    package static let directoryOffsetField = 16
 
     package var encoded: [UInt8] {
         var data = [UInt8](repeating: 0, count: BitmapsExtension.byteCount)
