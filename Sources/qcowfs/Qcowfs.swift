@@ -16,7 +16,8 @@ struct Qcowfs: ParsableCommand {
             Mount.self, Umount.self, List.self, Stats.self,
             Create.self, Info.self, Check.self, Repair.self, Map.self,
             Convert.self, Compare.self, Measure.self, Commit.self, Rebase.self, Amend.self,
-            Resize.self, Snapshots.self, Bitmap.self, Discard.self, Read.self, Write.self,
+            Resize.self, Snapshots.self, Bitmap.self, Discard.self, Compact.self,
+            Read.self, Write.self,
             Audit.self, Explain.self, Dehydrate.self, Rehydrate.self,
             SHA256.self, SHA1.self,
         ])

@@ -12,7 +12,8 @@ struct ProgressTests {
             "convert -O qcow2 IMAGE - > OUT", "compare IMAGE IMAGE", "check IMAGE",
             "check --repair all IMAGE", "repair IMAGE", "commit OVERLAY",
             "rebase -b '' OVERLAY", "amend -o compat=0.10 IMAGE",
-            "amend -o refcount_bits=64 IMAGE", "discard IMAGE", "sha256 IMAGE", "sha1 IMAGE",
+            "amend -o refcount_bits=64 IMAGE", "discard IMAGE", "compact IMAGE", "sha256 IMAGE",
+            "sha1 IMAGE",
             "dehydrate IMAGE OUT",
         ])
     func lines(verb: String) throws {
