@@ -1,7 +1,8 @@
 /// What compacting an image has done.
 public struct Compaction: Sendable, Equatable {
-    /// Bytes of the file before and after.
+    /// Bytes of the file before.
     public internal(set) var oldByteCount: UInt64 = 0
+    /// Bytes of the file after.
     public internal(set) var newByteCount: UInt64 = 0
     /// Clusters that lie at another place of the file now.
     public internal(set) var movedClusterCount: UInt64 = 0
@@ -26,6 +27,7 @@ extension Image {
     /// files, backing files and an external data file, is not looked at.
     ///
     /// - Parameters:
+    ///   - path: The image.
     ///   - passphrases: Where the key of an image with LUKS comes from, whose sectors are encrypted
     ///     according to their places; asked for only where guest data has to move.
     ///   - progress: Told what part is done, rising from 0 to 1; false cancels: what was moved
