@@ -206,6 +206,12 @@ package final class ClusterAllocator: Sendable {
         try state.withLock { state throws(ImageError) in try count(of: cluster, &state) }
     }
 
+    /// Where the next search for a free cluster begins.
+    package var nextCluster: UInt64 {
+        get { state.withLock { $0.hint } }
+        set { state.withLock { $0.hint = newValue } }
+    }
+
     // MARK: Taking back
 
     /// Takes back clusters that nothing refers to: what was to be written there failed.

@@ -38,16 +38,28 @@ struct CompactionSurvey {
     private let walk: ReferenceWalk
     private let file: HostFile
 
+    /// - Throws: `.corrupt` where a table is something else too: it cannot be changed then.
     init(_ examination: Examination, of file: HostFile) throws(ImageError) {
-        header = examination.header
-        walk = examination.walk
+        try self.init(examination.walk, examination.stored, of: file)
+        if let cluster = overlaps().first {
+            throw file.corrupt(
+                "the table at \(hex(cluster &<< clusterBits)) is used as something else, too: "
+                    + "convert the image to a new one")
+        }
+    }
+
+    /// - Parameter walk: One that has counted everything.
+    init(
+        _ walk: ReferenceWalk, _ stored: StoredRefcounts, of file: HostFile
+    ) throws(ImageError) {
+        header = walk.header
+        self.walk = walk
         counts = walk.counts
-        stored = examination.stored
+        self.stored = stored
         self.file = file
         try findTables()
         try findBlocks()
         try findL2Tables()
-        try checkUses()
     }
 
     var clusterBits: UInt64 { UInt64(header.clusterBits) }
@@ -178,23 +190,22 @@ struct CompactionSurvey {
 
     // MARK: Judging
 
-    /// A table that is something else too cannot be changed without changing that.
-    private func checkUses() throws(ImageError) {
-        for table in tables { try checkUse(run(of: table), 1) }
-        for run in fixed { try checkUse(run, 1) }
+    /// Clusters of tables that are something else too, ascending.
+    func overlaps() -> [UInt64] {
+        var found: Set<UInt64> = []
+        func check(_ run: ClusterRun, _ count: UInt64 = 1) {
+            for cluster in run.first..<run.end where counts.count(of: cluster) > count {
+                found.insert(cluster)
+            }
+        }
+        for table in tables { check(run(of: table)) }
+        for run in fixed { check(run) }
         for (offset, count) in l2Tables {
-            try checkUse(ClusterRun(first: offset &>> clusterBits, count: 1), count)
+            check(ClusterRun(first: offset &>> clusterBits, count: 1), count)
         }
-        for block in blocks { try checkUse(ClusterRun(first: block.cluster, count: 1), 1) }
-        for cluster in bitmapClusters { try checkUse(ClusterRun(first: cluster, count: 1), 1) }
-    }
-
-    private func checkUse(_ run: ClusterRun, _ count: UInt64) throws(ImageError) {
-        for cluster in run.first..<run.end where counts.count(of: cluster) != count {
-            throw file.corrupt(
-                "the table at \(hex(cluster &<< clusterBits)) is used as something else, too: "
-                    + "convert the image to a new one")
-        }
+        for block in blocks { check(ClusterRun(first: block.cluster, count: 1)) }
+        for cluster in bitmapClusters { check(ClusterRun(first: cluster, count: 1)) }
+        return found.sorted()
     }
 
     /// A cluster of streams that is something else too cannot be moved stream by stream.
