@@ -285,11 +285,12 @@ extension Header {
         try checkTable(
             "L1 table", at: l1Offset, byteCount: UInt64(l1EntryCount) &* 8,
             limit: Limits.l1ByteCount)
-        guard UInt64(l1EntryCount) >= l1EntryCountNeeded(for: virtualByteCount) else {
+        // The bytes behind the last whole sector count here, although no guest sees them.
+        let l1EntriesNeeded = l1EntryCountNeeded(for: size)
+        guard UInt64(l1EntryCount) >= l1EntriesNeeded else {
             throw .inconsistent(
                 "the L1 table has \(l1EntryCount) entries, "
-                    + "a disk of \(virtualByteCount) bytes needs "
-                    + "\(l1EntryCountNeeded(for: virtualByteCount))")
+                    + "a disk of \(size) bytes needs \(l1EntriesNeeded)")
         }
         guard refcountTableClusterCount >= 1 else {
             throw .outOfRange("refcount_table_clusters", value: 0, allowed: "1 or more")

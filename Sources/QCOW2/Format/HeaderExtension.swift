@@ -48,8 +48,10 @@ public struct HeaderExtension: Sendable, Hashable {
     static func parse(_ area: UnsafeRawBufferPointer) throws(FormatError) -> [HeaderExtension] {
         var found: [HeaderExtension] = []
         var offset = 0
-        while let type = area.bigEndian(at: offset, as: UInt32.self), type != end {
-            guard let length = area.bigEndian(at: offset &+ 4, as: UInt32.self) else {
+        while offset < area.count {
+            guard let type = area.bigEndian(at: offset, as: UInt32.self),
+                let length = area.bigEndian(at: offset &+ 4, as: UInt32.self)
+            else {
                 throw .truncated("header extension", needed: 8, found: UInt64(area.count &- offset))
             }
             let start = offset &+ 8
@@ -59,6 +61,7 @@ public struct HeaderExtension: Sendable, Hashable {
                     "header extension \(hex(UInt64(type)))", needed: UInt64(length),
                     found: UInt64(area.count &- start))
             }
+            if type == end { break }
             if unique.contains(type), found.contains(where: { $0.type == type }) {
                 throw .inconsistent("header extension \(hex(UInt64(type))) appears twice")
             }

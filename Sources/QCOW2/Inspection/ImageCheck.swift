@@ -148,7 +148,7 @@ struct Examination {
                 tally.add(.l2TableCopied(index: index, entry: entry.bits, stored: count))
             }
             for entry in try walk.l2Entries(at: entry.offset)
-            where !entry.isCompressed && (entry.offset != 0 || entry.showsData) {
+            where !entry.isCompressed && entry.hasCluster(inDataFile: walk.header.hasDataFile) {
                 if walk.header.hasDataFile {
                     // Nothing there has a second reference.
                     if !entry.isCopied { tally.add(.clusterCopied(entry: entry.bits, stored: 1)) }

@@ -177,7 +177,8 @@ package struct ReferenceWalk {
         }
         let stream = CompressedDescriptor(entry, clusterBits: header.clusterBits)
         count(stream.offset, UInt64(stream.byteCount))
-        guard isActive else { return }
+        // One with a bitmap is none of a disk's clusters: nothing reads it.
+        guard isActive, entry.subclusters == .none else { return }
         figures.allocated += 1
         figures.fragmented += 1
         figures.compressed += 1
