@@ -6,6 +6,7 @@ A text that is no longer in its file is an error: the mistake must follow the co
 
 COMMIT = "Sources/QCOW2/Commit/Commit.swift"
 CAPTURE = "Sources/QCOW2/Image+SnapshotCapture.swift"
+DELETE = "Sources/QCOW2/Image+SnapshotDelete.swift"
 TABLE = "Sources/QCOW2/Image+SnapshotTable.swift"
 
 MISTAKES = {
@@ -57,11 +58,17 @@ MISTAKES = {
             "        try syncData()\n        // Nothing new is shown",
         ),
     ],
-    "COPIED is set before the lower count is durable": [
+    "COPIED is set before the snapshot is gone": [
+        (
+            DELETE,
+            "        try switchTable(to: rest, at: room, writing)",
+            "        if MUTANT { try restoreCopied(writing) }\n"
+            "        try switchTable(to: rest, at: room, writing)",
+        ),
         (
             TABLE,
-            "        for _ in 0..<2 { try writing.commit.tidy() }",
-            "        for _ in 0..<(MUTANT ? 1 : 2) { try writing.commit.tidy() }",
+            "wanted[target] = entries[target].withCopied(isSingle)",
+            "wanted[target] = entries[target].withCopied(isSingle || MUTANT)",
         ),
     ],
     "COPIED stays where a snapshot has the cluster too": [
