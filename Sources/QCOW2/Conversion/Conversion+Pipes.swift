@@ -54,22 +54,22 @@ extension Conversion {
     private func writeRaw(
         _ source: SourceDisk, to output: OrderedOutput, _ progress: ((Double) -> Bool)?
     ) throws(ImageError) {
-        let place = Monitor<UInt64>(0)
+        let place = Monitor((offset: UInt64(0), known: KnownRun()))
         let size = source.size
         try output.run(
             from: source, threadCount: threadCount,
             progress: { done in progress?(Double(done) / Double(max(size, 1))) ?? true }
         ) { () throws(ImageError) in
-            try place.withLock { offset throws(ImageError) -> OrderedOutput.Piece? in
-                guard offset < size else { return nil }
-                let run = try source.run(at: offset, limit: size - offset)
-                let start = offset
+            try place.withLock { place throws(ImageError) -> OrderedOutput.Piece? in
+                guard place.offset < size else { return nil }
+                let run = try place.known.run(of: source, at: place.offset)
+                let start = place.offset
                 if run.isHole {
-                    offset += run.byteCount
+                    place.offset += run.byteCount
                     return .zeros(run.byteCount)
                 }
                 let count = min(run.byteCount, DiskWalk.pieceByteCount)
-                offset += count
+                place.offset += count
                 return .disk(offset: start, count: Int(count), byteCount: Int(count))
             }
         }

@@ -114,9 +114,10 @@ public struct Conversion: Sendable {
         let buffer = UnsafeMutableRawBufferPointer.allocate(
             byteCount: Int(clusterByteCount), alignment: 4096)
         defer { buffer.deallocate() }
+        var known = KnownRun()
         var offset: UInt64 = 0
         while offset < source.size {
-            let run = try source.run(at: offset, limit: source.size &- offset)
+            let run = try known.run(of: source, at: offset)
             let end = offset &+ run.byteCount
             let wholeEnd = end == source.size ? end : end & ~(clusterByteCount &- 1)
             if run.isHole, wholeEnd > offset {

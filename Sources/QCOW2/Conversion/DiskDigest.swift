@@ -21,9 +21,10 @@ public enum DiskDigest {
         let digest = try NamedDigest(algorithm == .sha1 ? .sha1 : .sha256, of: source.name)
         let buffer = UnsafeMutableRawBufferPointer.allocate(byteCount: 1 << 20, alignment: 4096)
         defer { buffer.deallocate() }
+        var known = KnownRun()
         var offset: UInt64 = 0
         while offset < source.size {
-            let run = try source.run(at: offset, limit: source.size &- offset)
+            let run = try known.run(of: source, at: offset)
             let count = min(run.byteCount, UInt64(buffer.count))
             if run.isHole {
                 try digest.update(UnsafeRawBufferPointer(rebasing: ZeroArea.bytes[..<Int(count)]))

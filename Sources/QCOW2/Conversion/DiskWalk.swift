@@ -16,12 +16,14 @@ final class DiskWalk: Sendable {
     private struct State {
         var offset: UInt64 = 0
         var failure: ImageError?
+        /// What is known of each source.
+        var known: [KnownRun]
     }
 
     private let sources: [SourceDisk]
     private let end: UInt64
     private let pieceByteCount: UInt64
-    private let state = Monitor(State())
+    private let state: Monitor<State>
 
     /// A walk up to `end`, or over the bytes that at least one of `sources` has, in pieces that
     /// cross no multiple of `pieceByteCount`, a power of two.
@@ -31,6 +33,7 @@ final class DiskWalk: Sendable {
     ) {
         self.sources = sources
         self.pieceByteCount = pieceByteCount
+        state = Monitor(State(known: sources.map { _ in KnownRun() }))
         self.end = end ?? sources.map(\.size).max() ?? 0
     }
 
@@ -80,8 +83,8 @@ final class DiskWalk: Sendable {
             let start = state.offset
             var count = end &- start
             var isHole = true
-            for source in sources where start < source.size {
-                let run = try source.run(at: start, limit: min(count, source.size &- start))
+            for (index, source) in sources.enumerated() where start < source.size {
+                let run = try state.known[index].run(of: source, at: start)
                 guard isHole || !run.isHole else { continue }
                 // Where one has data the others' holes end nothing.
                 if isHole && !run.isHole { count = .max }
