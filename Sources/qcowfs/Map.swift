@@ -57,6 +57,8 @@ struct Map: Verb {
             }
             return try listing.end()
         }
+        // A look at the option itself costs more than a run does.
+        let ignoreZeroes = ignoreZeroes
         try image.forEachMappedExtent(in: range) { extent throws(ImageError) in
             if !(ignoreZeroes && extent.isZero) { listing.add(extent) }
         }
