@@ -100,7 +100,7 @@ struct ImageCreation {
             return
         }
         // Told before anything is lost; other devices may still grow.
-        if let disk = device as? FileDevice, disk.isBlockDevice,
+        if let disk = device as? FileDevice, disk.isDisk,
             try disk.byteCount() < layout.byteCount
         {
             throw .noSpace

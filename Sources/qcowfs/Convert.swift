@@ -8,7 +8,9 @@ struct Convert: Verb {
         commandName: "convert",
         abstract: "Copy a disk to a new raw file or image, without its holes and its backing file.",
         discussion: """
-            The target appears when it is complete; until then a file of that name stays as it is.
+            The target appears when it is complete; until then a file of that name stays as it is. \
+            A block device and the raw file of a mounted image are written in place, and keep \
+            their length.
 
             Where the file system lets files share space, as xfs and btrfs do, uncompressed data \
             is shared and not copied, unless -S 0 wants every byte written.
@@ -98,7 +100,11 @@ struct Convert: Verb {
             }
         } catch {
             guard error.kind == .cancelled else { throw error }
-            throw Failure(target, "interrupted; nothing was left there, and what was there stays")
+            let state =
+                target != "-" && Conversion.writesInPlace(target)
+                ? "it is written in place, and incomplete"
+                : "nothing was left there, and what was there stays"
+            throw Failure(target, "interrupted; \(state)")
         }
         return 0
     }

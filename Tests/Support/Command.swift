@@ -77,11 +77,21 @@ package struct Command {
         posix_spawn_file_actions_adddup2(&actions, output.descriptor, 1)
         posix_spawn_file_actions_adddup2(&actions, errors.descriptor, 2)
 
+        // The threads that tests run on block signals; a program from a shell has none blocked.
+        var attributes = posix_spawnattr_t()
+        posix_spawnattr_init(&attributes)
+        defer { posix_spawnattr_destroy(&attributes) }
+        var signals = sigset_t()
+        sigemptyset(&signals)
+        posix_spawnattr_setsigmask(&attributes, &signals)
+        posix_spawnattr_setflags(&attributes, Int16(POSIX_SPAWN_SETSIGMASK))
+
         let arguments = words.map { strdup($0) } + [nil]
         let variables = (environment ?? inherited).map { strdup($0) } + [nil]
         defer { (arguments + variables).forEach { free($0) } }
         var pid: pid_t = 0
-        let code = posix_spawnp(&pid, words[0], &actions, nil, arguments, variables)
+        let code = posix_spawnp(
+            &pid, words[0], &actions, &attributes, arguments, variables)
         guard code == 0 else { throw CallError(call: "start \(words[0])", code: code) }
         return Running(
             pid: pid, command: words.joined(separator: " "), output: output, errors: errors)

@@ -94,6 +94,34 @@ struct ConvertTests {
         #expect(try files() == before)
     }
 
+    @Test(
+        "an interrupted or killed conversion leaves what was there, and nothing else",
+        arguments: [SIGINT, SIGTERM, SIGKILL], ["raw", "qcow2"])
+    func stopped(signal: Int32, format: String) throws {
+        try makeImage(target)
+        let before = (try files(), try Command.require("sha256sum", target))
+        var ends: [Int32] = [0, 0]
+        try #require(pipe2(&ends, O_CLOEXEC) == 0)
+        let conversion = try Command.start(
+            [TestEnvironment.program, "convert", "-O", format, "-", target],
+            input: "/proc/self/fd/\(ends[0])")
+        close(ends[0])
+        defer { close(ends[1]) }
+        // More than a pipe holds: what can be written later was read, and written to a new file.
+        let bytes = [UInt8](repeating: 7, count: 3.MiB)
+        #expect(write(ends[1], bytes, bytes.count) == bytes.count)
+        kill(conversion.pid, signal)
+        let result = try conversion.wait(timeout: 20)
+        if signal == SIGKILL {
+            #expect(result.status == 128 + SIGKILL)
+        } else if signal == SIGINT {
+            expectRefusal(result, naming: "interrupted")
+        }
+        #expect(result.status != 0)
+        #expect(try files() == before.0)
+        #expect(try Command.require("sha256sum", target) == before.1)
+    }
+
     @Test("compare tells equal, different and impossible apart")
     func compare() throws {
         try convert(image, target)
@@ -189,6 +217,31 @@ struct ConvertTests {
             try Command.require("cmp", copy, target)
         }
         expectRefusal(try qcowfs("convert", "-l", "other", image, target), naming: "other")
+    }
+
+    @Test(
+        "a mounted image is copied from and to through its raw file", .enabledWhereMountable)
+    func mounted() throws {
+        let other = folder.file("other.qcow2")
+        try makeImage(other, size: 48.MiB, commands: ["write -q -P 0xEE 0 48M"])
+        let mount = try TestMount(image, in: folder)
+        try convert("-O", "qcow2", mount.disk, target)
+        #expect(try QemuImg.check(target).status == 0)
+        let second = try TestMount([other], on: folder.directory("second"))
+        try convert("-f", "raw", mount.disk, second.disk)
+        let tooLarge = folder.file("large.raw")
+        try Command.require("truncate", "-s", "49M", tooLarge)
+        expectRefusal(try qcowfs("convert", tooLarge, second.disk), naming: "no space")
+        try mount.unmount()
+        try second.unmount()
+        #expect(try Command.run(["qemu-img", "compare", image, target]).status == 0)
+        // What lies behind the end of the smaller disk stays.
+        let (start, rest) = (40.MiB + 512, 8.MiB - 512)
+        try QemuImg.io(other, ["read -q -P 0xEE \(start) \(rest)", "read -q -P 0 18M 20M"])
+        try QemuImg.io(other, ["read -q -P 1 0 3M", "read -q -P 4 40M 512"])
+        #expect(try QemuImg.check(other).status == 0)
+        // Holes became holes.
+        #expect(try !QemuImg.dataRanges(other).contains { $0.contains(30.MiB) })
     }
 
     @Test("-o makes the image that create would make")

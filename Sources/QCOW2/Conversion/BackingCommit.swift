@@ -143,6 +143,11 @@ extension BlockDevice {
         } catch {
             guard error == .notSupported else { throw error }
         }
+        try writeZeros(range)
+    }
+
+    /// Writes zeros, which take space.
+    func writeZeros(_ range: Range<UInt64>) throws(SystemError) {
         var offset = range.lowerBound
         while offset < range.upperBound {
             let count = Int(min(UInt64(ZeroArea.byteCount), range.upperBound &- offset))

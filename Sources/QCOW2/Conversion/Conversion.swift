@@ -39,6 +39,17 @@ public struct Conversion: Sendable {
         try file.commit()
     }
 
+    /// Whether what is at `path` is a disk that is written itself, because no file can replace it.
+    package static func writesInPlace(_ path: String) -> Bool {
+        do throws(ImageError) {
+            let device = try FileDevice(path: path, access: .readOnly, mapsBytes: false)
+            defer { device.close() }
+            return device.isDisk
+        } catch {
+            return false
+        }
+    }
+
     /// Copies `source` onto `device`, whose content is lost.
     /// - Throws: What reading and writing throw; `.cancelled`.
     public func run(

@@ -22,8 +22,10 @@ extension DiskSink {
 /// A raw disk on a device.
 struct RawSink: DiskSink {
     private let device: any BlockDevice
-    /// Whether zeros have to be written.
-    private let writesZeros: Bool
+    private enum Zeros { case areThere, punched, written }
+
+    /// What makes a range read as zeros.
+    private let zeros: Zeros
     private let shared: SharedSpace?
 
     /// Makes the device `size` bytes long, and empty where it can be.
@@ -36,7 +38,7 @@ struct RawSink: DiskSink {
     ) throws(ImageError) {
         self.device = device
         self.shared = shared
-        writesZeros = keepsZeros || !device.readsZerosPastEnd
+        zeros = keepsZeros ? .written : device.readsZerosPastEnd ? .areThere : .punched
         do throws(SystemError) {
             if device.readsZerosPastEnd {
                 try device.resize(to: 0)
@@ -69,12 +71,15 @@ struct RawSink: DiskSink {
     }
 
     func zero(_ range: Range<UInt64>) throws(ImageError) {
-        guard writesZeros else { return }
-        var offset = range.lowerBound
-        while offset < range.upperBound {
-            let count = Int(min(UInt64(ZeroArea.byteCount), range.upperBound &- offset))
-            try write(UnsafeRawBufferPointer(rebasing: ZeroArea.bytes[..<count]), at: offset)
-            offset &+= UInt64(count)
+        do throws(SystemError) {
+            switch zeros {
+            case .areThere: break
+            case .punched: try device.makeZero(range)
+            case .written: try device.writeZeros(range)
+            }
+        } catch {
+            throw ImageError(
+                .system(error, operation: "cannot write zeros"), file: device.name)
         }
     }
 }

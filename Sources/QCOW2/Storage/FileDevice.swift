@@ -44,6 +44,9 @@ public final class FileDevice: BlockDevice {
     package let descriptor: Int32
     package let identity: Identity
     let isBlockDevice: Bool
+    /// Whether it is a disk, whose length nobody changes and whose place no other file can take: a
+    /// block device, or what a qcowfs shows of an image.
+    let isDisk: Bool
     private let bypassesPageCache: Bool
     /// Present when the page cache is bypassed.
     private let direct: DirectTransfer?
@@ -103,6 +106,7 @@ public final class FileDevice: BlockDevice {
             self.bypassesPageCache = bypassesPageCache
             identity = Identity(status)
             self.isBlockDevice = isBlockDevice
+            isDisk = isBlockDevice || Platform.isShownImage(descriptor, status)
         } catch {
             _ = Glibc.close(descriptor)
             throw error
@@ -173,7 +177,7 @@ public final class FileDevice: BlockDevice {
     }
 
     public func resize(to byteCount: UInt64) throws(SystemError) {
-        if isBlockDevice {
+        if isDisk {
             let fixed = try self.byteCount()
             if byteCount == fixed { return }
             throw byteCount > fixed ? .noSpace : .notSupported
@@ -184,7 +188,7 @@ public final class FileDevice: BlockDevice {
 
     // MARK: Holes
 
-    public var readsZerosPastEnd: Bool { !isBlockDevice }
+    public var readsZerosPastEnd: Bool { !isDisk }
 
     public func punchHole(_ range: Range<UInt64>) throws(SystemError) {
         do throws(SystemError) {

@@ -5,7 +5,8 @@ internal import Glibc
 /// Until `commit()` it has no name, so that nothing stays behind of a program that is killed; or,
 /// where a file system knows no such files, one beside the path, which goes when the value does.  A
 /// file that is there already is locked as for writing meanwhile, so nobody loses one in use.  A
-/// block device cannot be replaced: it is written itself.
+/// block device cannot be replaced, nor the raw file of a mounted image: they are written
+/// themselves.
 struct FileReplacement: ~Copyable {
     /// What to write to.
     let device: FileDevice
@@ -18,7 +19,7 @@ struct FileReplacement: ~Copyable {
         case nameless
         /// A new file beside the path.
         case named(String)
-        /// What was made has its name: a block device, or a new file in its place.
+        /// What was made has its name: a disk, or a new file in its place.
         case inPlace
     }
 
@@ -39,7 +40,7 @@ struct FileReplacement: ~Copyable {
         defer { free(resolved) }
         let existing = try FileDevice(path: path, access: .readWrite, mapsBytes: false)
         try ImageLock.take(.writer, on: existing)
-        if existing.isBlockDevice {
+        if existing.isDisk {
             self.init(writing: existing)
         } else {
             try self.init(newFileAt: String(cString: resolved), replacing: existing)

@@ -45,6 +45,31 @@ enum Platform {
     ]
 
     private static let tmpfs: UInt = 0x0102_1994
+    private static let fuse: UInt = 0x6573_5546
+
+    /// Whether a file is what a qcowfs shows of an image.
+    static func isShownImage(_ descriptor: Int32, _ status: stat) -> Bool {
+        guard fileSystem(of: descriptor) == fuse,
+            let mounts = fopen("/proc/self/mountinfo", "re")
+        else { return false }
+        defer { fclose(mounts) }
+        // `36 35 MAJOR:MINOR ROOT MOUNTPOINT OPTIONS - TYPE SOURCE OPTIONS`
+        let number = UInt64(status.st_dev)
+        let major = (number >> 8) & 0xfff | (number >> 32) & ~0xfff
+        let device = "\(major):\(number & 0xff | (number >> 12) & ~0xff)"
+        var line: UnsafeMutablePointer<CChar>?
+        var room = 0
+        defer { free(line) }
+        while getline(&line, &room, mounts) > 0 {
+            guard let line else { break }
+            let words = String(cString: line).split(separator: " ")
+            guard words.count > 2, words[2] == device, let dash = words.firstIndex(of: "-"),
+                dash + 1 < words.count
+            else { continue }
+            if words[dash + 1] == "fuse.qcowfs" { return true }
+        }
+        return false
+    }
 
     /// Whether a mapping of this file is known to be coherent with reads and writes.
     static func mapsCoherently(_ descriptor: Int32) -> Bool {
