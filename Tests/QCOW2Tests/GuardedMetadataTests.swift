@@ -58,7 +58,6 @@ struct GuardedMetadataTests {
             try image.write([UInt8](repeating: 0xEE, count: 4096), at: 5 * 4096)
         }
         try? image.close()
-        func cluster(of image: [UInt8]) -> [UInt8] { Array(image.dropFirst(target).prefix(4096)) }
-        #expect(cluster(of: device.bytes) == cluster(of: bytes))
+        #expect(!device.bytes.dropFirst(target).prefix(4096).contains(0xEE))
     }
 }
