@@ -10,19 +10,18 @@ enum ClosingDaemon {
     static func waiting(
         for path: String, _ open: () throws(ImageError) -> Image
     ) throws(MountError) -> Image {
-        var error: ImageError
-        var attempt = 0
-        repeat {
+        var isHeld = true
+        for _ in 0..<400 {
             do throws(ImageError) {
                 return try open()
-            } catch let refusal {
-                error = refusal
+            } catch {
+                // It may have ended since it refused us: then there is one try more.
+                guard case .locked = error.kind, isHeld else { throw MountError(error) }
+                isHeld = holds(path)
+                if isHeld { usleep(25_000) }
             }
-            guard case .locked = error.kind, attempt < 400, holds(path) else { break }
-            attempt += 1
-            usleep(25_000)
-        } while true
-        throw MountError(error)
+        }
+        do throws(ImageError) { return try open() } catch { throw MountError(error) }
     }
 
     /// Waits until no closing daemon has the images of a mount that was taken away.

@@ -45,22 +45,10 @@ package struct EncryptedImage: Sendable {
         size: Int, encryption: [String] = [], options: [String] = [], backing: String? = nil,
         backingFormat: String = "qcow2"
     ) throws {
-        try Self.derive(
+        try Command.require(
             creation(
                 size: size, encryption: encryption, options: options, backing: backing,
                 backingFormat: backingFormat))
-    }
-
-    /// Runs what derives a key: on a busy machine QEMU now and then fails to tell how long it took.
-    private static func derive(_ words: [String]) throws {
-        for _ in 0..<10 {
-            let result = try Command.run(words)
-            if result.status == 0 { return }
-            guard result.errors.contains("accurate CPU usage") else {
-                throw Command.Failure(description: result.description)
-            }
-        }
-        throw Command.Failure(description: "QEMU could not tell how long it took")
     }
 
     /// The words that make the image.
@@ -130,7 +118,7 @@ package struct EncryptedImage: Sendable {
 
     /// Opens one more key slot.
     package func add(passphrase: String) throws {
-        try Self.derive(
+        try Command.require(
             ["qemu-img", "amend", "-q"] + secrets
                 + secret("new", passphrase)
                 + [
