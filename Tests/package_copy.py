@@ -28,22 +28,39 @@ def only(manifest, names):
     return manifest
 
 
-def replace(target, folders):
-    target.mkdir(parents=True, exist_ok=True)
+def replace(target, folders, changed):
+    """Makes the folders below `target` what they are here, with other text in the files `changed`;
+    what is so already stays untouched, and is not built again."""
+    wanted = {
+        str(path.relative_to(PACKAGE)): path.read_bytes()
+        for folder in folders
+        for path in (PACKAGE / folder).rglob("*") if path.is_file()
+    }
+    wanted |= {path: text.encode() for path, text in changed.items()}
     for folder in folders:
-        shutil.rmtree(target / folder, ignore_errors=True)
-        shutil.copytree(PACKAGE / folder, target / folder)
+        for path in (target / folder).rglob("*"):
+            if path.is_file() and str(path.relative_to(target)) not in wanted:
+                path.unlink()
+    for name, content in wanted.items():
+        path = target / name
+        if path.is_file() and path.read_bytes() == content:
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        if (PACKAGE / name).is_file():
+            shutil.copymode(PACKAGE / name, path)
 
 
-def copy(target):
-    """Writes a copy to a folder; what an earlier one left there is replaced."""
-    replace(target, FOLDERS)
+def copy(target, changed={}):
+    """Writes a copy to a folder, with other text in some files; what an earlier one left there is
+    replaced."""
+    replace(target, FOLDERS, changed)
     shutil.copy(PACKAGE / "Package.swift", target)
 
 
 def copy_library(target):
     """The same with the library and its tests alone."""
-    replace(target, LIBRARY_FOLDERS)
+    replace(target, LIBRARY_FOLDERS, {})
     manifest = only((PACKAGE / "Package.swift").read_text(), LIBRARY_TARGETS)
     manifest = re.sub(r"\n.*swift-argument-parser.*", "", manifest)
     (target / "Package.swift").write_text(manifest)

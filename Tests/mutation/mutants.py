@@ -1,11 +1,13 @@
 """Finds places in Swift sources where a small change should be noticed by a test.
 
-One change a line at most, chosen at random: both versions are compiled in, and
+One change a line at most, chosen by a seed and the line's text: both versions are compiled in, and
 `Mutant.isOn(NUMBER)` chooses at run time.  The line count of a file stays, so that a compiler error
 leads to the change that caused it; such changes are dropped.
 """
 
+import random
 import re
+from collections import Counter
 from dataclasses import dataclass
 
 # A change of one token, by what it looks for.  Spaces around operators are the house style.
@@ -169,16 +171,19 @@ def changes_of_line(path, lines, index):
                      f"{{ {line.strip()}; {following.strip()} }}", ""])
 
 
-def changes_of_file(path, text, random):
-    """At most one change a line; a statement that two of them share gets one."""
+def changes_of_file(path, text, seed):
+    """At most one change a line; a statement that two of them share gets one.  What is chosen for
+    a line stays the same while other lines change."""
     lines = text.split("\n")
-    chosen, taken = [], -1
+    chosen, taken, seen = [], -1, Counter()
     for index in range(len(lines)):
         if index <= taken:
             continue
         candidates = list(changes_of_line(path, lines, index))
         if candidates:
-            change = random.choice(candidates)
+            seen[lines[index]] += 1
+            place = f"{seed} {path} {lines[index]} {seen[lines[index]]}"
+            change = random.Random(place).choice(candidates)
             chosen.append(change)
             taken = index + len(change.lines) - 1
     return chosen
