@@ -63,7 +63,7 @@ struct CreationLayout {
         refcountBlockCount = blocks
         refcountTableClusterCount = table
         clusterCount = others + table + blocks
-        guard table * cluster <= max(Limits.refcountTableByteCount, cluster),
+        guard table * cluster <= Limits.refcountTableByteCount,
             clusterCount <= Limits.hostOffset / cluster
         else { throw Self.tooLarge(size, cluster, file) }
     }

@@ -126,16 +126,14 @@ extension ClusterAllocator {
     }
 
     func checkTableLength(_ clusterCount: UInt64) throws(ImageError) {
-        let limit = max(Limits.refcountTableByteCount, clusterByteCount)
-        guard clusterCount &<< clusterBits > limit else { return }
+        guard clusterCount &<< clusterBits > Limits.refcountTableByteCount else { return }
         throw ImageError(
             .system(.noSpace, operation: "the refcount table cannot grow any more"), file: file.name
         )
     }
 
     func checkRoom(_ run: ClusterRun) throws(ImageError) {
-        guard run.end &<< clusterBits <= Limits.hostOffset, run.end < 1 &<< (63 &- clusterBits)
-        else {
+        guard run.end <= Limits.hostOffset &>> clusterBits else {
             throw ImageError(
                 .system(.noSpace, operation: "the image has no host offsets left"), file: file.name)
         }

@@ -70,7 +70,7 @@ struct StreamedImage: Sendable {
             blocks = max(blocks, needed)
             table = max(table, room)
         }
-        guard table * cluster <= max(Limits.refcountTableByteCount, cluster) else {
+        guard table * cluster <= Limits.refcountTableByteCount else {
             throw ImageError(
                 .invalidArgument("too many clusters for one image; take a larger cluster size"),
                 file: file)

@@ -68,8 +68,7 @@ public struct BitmapEntry: Sendable, Hashable {
         let count = tableEntryCount(
             diskByteCount: diskByteCount, granularityBits: granularityBits,
             clusterBits: clusterBits)
-        return count <= Limits.bitmapTableEntryCount
-            && count <= Limits.bitmapByteCount &>> UInt64(clusterBits)
+        return count <= Limits.bitmapByteCount &>> UInt64(clusterBits)
     }
 
     /// Parses a whole directory of `count` entries.
@@ -138,12 +137,10 @@ public struct BitmapEntry: Sendable, Hashable {
             throw .misaligned(
                 "table of bitmap '\(name)'", offset: tableOffset, alignment: clusterByteCount)
         }
-        guard UInt64(tableEntryCount) <= Limits.bitmapTableEntryCount,
-            UInt64(tableEntryCount) &* clusterByteCount <= Limits.bitmapByteCount
-        else {
+        guard UInt64(tableEntryCount) &* clusterByteCount <= Limits.bitmapByteCount else {
             throw .tooLarge(
                 "table of bitmap '\(name)'", value: UInt64(tableEntryCount),
-                limit: min(Limits.bitmapTableEntryCount, Limits.bitmapByteCount / clusterByteCount))
+                limit: Limits.bitmapByteCount / clusterByteCount)
         }
     }
 }

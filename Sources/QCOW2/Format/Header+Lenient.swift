@@ -39,7 +39,7 @@ extension Header {
         size = min(size, Limits.virtualByteCount)
         l1EntryCount = min(l1EntryCount, UInt32(Limits.l1ByteCount / 8))
         if l1Offset >= Limits.hostOffset { l1EntryCount = 0 }
-        let most = max(Limits.refcountTableByteCount / clusterByteCount, 1)
+        let most = Limits.refcountTableByteCount / clusterByteCount
         refcountTableClusterCount = min(refcountTableClusterCount, UInt32(most))
         if refcountTableOffset >= Limits.hostOffset { refcountTableClusterCount = 0 }
         snapshotCount = min(snapshotCount, UInt32(Limits.snapshotCount))

@@ -298,7 +298,7 @@ extension Header {
         try checkTable(
             "refcount table", at: refcountTableOffset,
             byteCount: UInt64(refcountTableClusterCount) &* clusterByteCount,  // 32 + 21 bits
-            limit: max(Limits.refcountTableByteCount, clusterByteCount))
+            limit: Limits.refcountTableByteCount)
         guard UInt64(snapshotCount) <= Limits.snapshotCount else {
             throw .tooLarge(
                 "number of snapshots", value: UInt64(snapshotCount), limit: Limits.snapshotCount)

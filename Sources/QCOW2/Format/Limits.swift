@@ -34,9 +34,7 @@ package enum Limits {
     package static let bitmapNameByteCount: UInt64 = 1023
     /// Powers of two of a bitmap's granularity in bytes (QEMU).
     package static let bitmapGranularityBits: ClosedRange<UInt8> = 9...31
-    /// Entries of a bitmap table (QEMU).
-    package static let bitmapTableEntryCount: UInt64 = 0x800_0000
-    /// Bytes of a bitmap's data (QEMU).
+    /// Bytes of a bitmap's data, a cluster for each entry of its table (QEMU).
     package static let bitmapByteCount: UInt64 = 512 << 20
     /// Granules of the disk that a bitmap is made for (QEMU).
     package static let newBitmapGranuleCount: UInt64 = 512 << 20
