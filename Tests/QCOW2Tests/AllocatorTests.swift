@@ -1,0 +1,276 @@
+import QCOW2
+import TestSupport
+import Testing
+
+/// The clusters that are handed out, and the counts and tables that come of it, to the number.
+///
+/// Clusters of 512 bytes and counts of 64 bits: a block counts 64 clusters, a cluster of the table
+/// has 64 blocks.  An image begins with its header (cluster 0), L1 table (1), refcount table (2)
+/// and one block (3).
+@Suite("Handing out clusters")
+struct AllocatorTests {
+    let device: RecordingDevice
+    let file: HostFile
+    let guarded: MetadataGuard
+    let allocator: ClusterAllocator
+
+    init() throws {
+        try self.init(ImageBuilder(byteCount: 64.KiB, clusterBits: 9, refcountOrder: 6))
+    }
+
+    init(_ builder: ImageBuilder, cacheByteCount: Int = 1 << 20) throws {
+        let bytes = builder.build()
+        device = RecordingDevice(bytes, yielding: false)
+        file = try HostFile(device)
+        let header = try bytes.withUnsafeBytes { try Header.parse($0) }
+        let map = try ClusterMap(header, in: file, cacheByteCount: 1 << 20)
+        guarded = try MetadataGuard(map: map, tableCount: 8)
+        allocator = try ClusterAllocator(
+            header, in: file, guarded: guarded, cacheByteCount: cacheByteCount)
+    }
+
+    func run(_ first: UInt64, _ count: UInt64) -> ClusterRun {
+        ClusterRun(first: first, count: count)
+    }
+
+    func counts(_ clusters: Range<UInt64>) throws -> [UInt64] {
+        try clusters.map { try allocator.count(of: $0) }
+    }
+
+    /// The offsets of `count` blocks that lie one behind the other from cluster `first` on, as
+    /// bytes of the refcount table.
+    func entries(_ clusters: [UInt64], paddedTo count: Int) -> [UInt8] {
+        var bytes = [UInt8](repeating: 0, count: count * 8)
+        for (index, cluster) in clusters.enumerated() { bytes.put(cluster * 512, at: index * 8) }
+        return bytes
+    }
+
+    @Test("Blocks for the writes to come are made ahead, and a longer table for them")
+    func growth() throws {
+        #expect(try counts(0..<5) == [1, 1, 1, 1, 0])
+        #expect(!allocator.isTableDirty && !allocator.hasUnwrittenCounts)
+        // A request takes up to 1 MiB: 2048 clusters, 32 tables and two.  Room for two and 16 more
+        // is 66 blocks.  All of the first range goes for 60 of them; each later one counts itself.
+        #expect(try allocator.allocate(1) == nil)
+        #expect(try counts(0..<64) == [UInt64](repeating: 1, count: 64))
+        #expect(try allocator.count(of: 64) == 0)
+        #expect(allocator.isTableDirty && allocator.hasUnwrittenCounts)
+        #expect(allocator.takeUnsyncedIncrements())
+        #expect(!allocator.takeUnsyncedIncrements())
+        allocator.putBackUnsyncedIncrements()
+        #expect(allocator.takeUnsyncedIncrements())
+        // Block 64 needs a longer table, which follows it; that makes 68 blocks.
+        let alone = [61, 62, 63, 64, 65, 66, 67].map { UInt64($0 * 64) }
+        for first in alone {
+            let expected: [UInt64] = first == 64 * 64 ? [1, 1, 1, 0] : [1, 0, 0, 0]
+            #expect(try counts(first..<first + 4) == expected, "\(first)")
+        }
+        let frozen = allocator.freeze()
+        #expect(frozen.tableOffset == 4097 * 512 && frozen.tableClusterCount == 2)
+        #expect(frozen.movedTable == entries([3] + Array(4...63) + alone, paddedTo: 128))
+        #expect(frozen.dropped == [run(2, 1)] && frozen.pages.isEmpty)
+        #expect(!allocator.isTableDirty && allocator.hasUnwrittenCounts)
+        // The ranges are known now.
+        #expect(allocator.nextCluster == 64)
+        #expect(try allocator.allocate(3) == run(64, 3))
+        #expect(allocator.nextCluster == 67)
+        #expect(try counts(63..<68) == [1, 1, 1, 1, 0])
+        #expect(!allocator.isTableDirty)
+    }
+
+    @Test("Metadata is guarded as soon as it is placed, and no longer than it lies there")
+    func guards() throws {
+        #expect([0, 1, 2, 3, 4].map(guarded.isMetadata) == [true, true, true, true, false])
+        _ = try allocator.allocate(1)
+        let blocks = [UInt64](4...63) + [61 * 64, 62 * 64, 63 * 64, 64 * 64, 67 * 64]
+        #expect(blocks.allSatisfy(guarded.isMetadata))
+        #expect(
+            [2, 4097, 4098, 4099, 65 * 64 + 1].map(guarded.isMetadata)
+                == [false, true, true, false, false])
+        for (offset, count, isMetadata) in [
+            (4097 * 512, 1, true), (4098 * 512 + 511, 1, true), (4099 * 512, 512, false),
+            (4095 * 512, 512, false), (4095 * 512, 513, true), (4099 * 512 - 1, 2, true),
+        ] as [(UInt64, UInt64, Bool)] {
+            #expect(guarded.overlaps(offset, count) == isMetadata, "\(offset)")
+        }
+        #expect(guarded.collision() == nil)
+    }
+
+    @Test("The counts that are written are those in memory, in blocks that were empty")
+    func writesCounts() throws {
+        _ = try allocator.allocate(1)
+        _ = allocator.freeze()
+        #expect(try allocator.allocate(40) == run(64, 40))
+        try allocator.writeCounts()
+        #expect(!allocator.hasUnwrittenCounts)
+        func block(_ cluster: Int) -> [UInt64] {
+            (0..<64).map { device.bytes.number(at: cluster * 512 + $0 * 8, as: UInt64.self) }
+        }
+        #expect(block(3) == [UInt64](repeating: 1, count: 64))
+        #expect(block(4) == (0..<64).map { $0 < 40 ? 1 : 0 })
+        #expect(block(5) == [UInt64](repeating: 0, count: 64))
+        #expect(block(64 * 64) == (0..<64).map { $0 < 3 ? 1 : 0 })
+    }
+
+    @Test("Free clusters are handed out from the lowest up, whole or in part")
+    func lowestFirst() throws {
+        _ = try allocator.allocate(1)
+        _ = allocator.freeze()
+        #expect(try allocator.allocate(20) == run(64, 20))
+        try allocator.free([run(70, 2), run(74, 3)])
+        #expect(allocator.nextCluster == 70)
+        #expect(try allocator.allocate(3, exactly: true) == run(74, 3))
+        #expect(allocator.nextCluster == 70)
+        #expect(try allocator.allocate(3) == run(70, 2))
+        #expect(allocator.nextCluster == 72)
+        // What is left of the range, and the next one.
+        #expect(try allocator.allocate(200) == run(84, 200))
+        #expect(allocator.nextCluster == 284)
+        try allocator.release(run(100, 1))
+        #expect(try allocator.count(of: 100) == 0 && allocator.nextCluster == 100)
+        // 66 blocks more are made when there is room for less than two requests; they, and a table
+        // that is longer by half, take the lowest clusters.
+        allocator.nextCluster = 61 * 64 - 3
+        #expect(try allocator.allocate(5) == run(62 * 64 + 4, 5))
+        // A run ends where a cluster is in use, and where a range waits.
+        #expect(try allocator.allocate(64) == run(62 * 64 + 9, 55))
+        #expect(try allocator.allocate(64, exactly: true) == nil)
+        allocator.nextCluster = 68 * 64 - 2
+        #expect(try allocator.allocate(5) == run(68 * 64 - 2, 2))
+        #expect(try allocator.allocate(5) == nil)
+        #expect(allocator.nextCluster == 68 * 64)
+        allocator.nextCluster = 62 * 64
+        let frozen = allocator.freeze()
+        #expect(frozen.tableOffset == (61 * 64 + 58) * 512 && frozen.tableClusterCount == 3)
+        #expect(frozen.movedTable?.count == 1536 && frozen.dropped == [run(4097, 2)])
+        #expect(try allocator.allocate(64, exactly: true) == run(68 * 64, 64))
+        #expect(allocator.nextCluster == 63 * 64 + 1)
+    }
+
+    @Test("Dropping leaves the last reference, freeing takes it")
+    func dropping() throws {
+        _ = try allocator.allocate(1)
+        _ = allocator.freeze()
+        _ = try allocator.allocate(8)
+        try allocator.raise([run(65, 2), run(66, 1)])
+        #expect(try counts(64..<69) == [1, 2, 3, 1, 1])
+        #expect(try allocator.drop([run(64, 5)]) == [run(64, 1), run(67, 2)])
+        #expect(try counts(64..<69) == [1, 1, 2, 1, 1])
+        // What is free already has no reference to lose.
+        #expect(try allocator.drop([run(100, 2), run(66, 1)]) == [])
+        #expect(try counts(64..<68) == [1, 1, 1, 1])
+        try allocator.free([run(67, 2), run(65, 1)])
+        #expect(try counts(64..<69) == [1, 0, 1, 0, 0])
+        #expect(allocator.nextCluster == 65)
+    }
+
+    @Test("References are added to all clusters or to none")
+    func raising() throws {
+        _ = try allocator.allocate(1)
+        _ = allocator.freeze()
+        _ = try allocator.allocate(4)
+        _ = allocator.takeUnsyncedIncrements()
+        #expect(throws: ImageError.self) { try allocator.raise([run(64, 2), run(66, 4)]) }
+        #expect(try counts(64..<70) == [1, 1, 1, 1, 0, 0])
+        #expect(!allocator.takeUnsyncedIncrements())
+        #expect(throws: ImageError.self) { try allocator.checkRaising([run(67, 2)]) }
+        #expect(throws: Never.self) { try allocator.checkRaising([run(64, 4)]) }
+        try allocator.raise([run(67, 2)], mayBeFree: true)
+        #expect(allocator.takeUnsyncedIncrements())
+        #expect(try counts(66..<70) == [1, 2, 1, 0])
+        #expect(try allocator.haveOneReference([66, 67, 68, 69]) == [true, false, true, false])
+    }
+
+    @Test("Narrow counts take no reference too many", arguments: 0...3)
+    func narrow(order: Int) throws {
+        let parts = try AllocatorTests(
+            ImageBuilder(byteCount: 64.KiB, clusterBits: 9, refcountOrder: order))
+        let most = UInt64(1) << UInt64(1 << order) - 1
+        let cluster = try #require(try parts.allocator.allocate(1)).first
+        for _ in 1..<most { try parts.allocator.raise([run(cluster, 1)]) }
+        #expect(try parts.allocator.count(of: cluster) == most)
+        #expect {
+            try parts.allocator.raise([run(cluster, 1)])
+        } throws: { "\($0)".contains("have \(1 << order) bits, which is too narrow") }
+        #expect(throws: ImageError.self) { try parts.allocator.checkRaising([run(cluster, 1)]) }
+        #expect(try parts.allocator.count(of: cluster) == most)
+    }
+
+    @Test("Streams lie one behind the other, and reach into the next cluster where it is free")
+    func streams() throws {
+        _ = try allocator.allocate(1)
+        _ = allocator.freeze()
+        let start: UInt64 = 64 * 512
+        #expect(try allocator.allocateStream(100) == start)
+        #expect(try allocator.allocateStream(200) == start + 100)
+        #expect(try counts(64..<66) == [2, 0])
+        // Into the next one: either cluster has a reference of it.
+        #expect(try allocator.allocateStream(300) == start + 300)
+        #expect(try counts(64..<67) == [3, 1, 0])
+        // To the cluster's last byte; the next one begins another cluster.
+        #expect(try allocator.allocateStream(424) == start + 600)
+        #expect(try counts(64..<67) == [3, 2, 0])
+        #expect(try allocator.allocateStream(511) == start + 1024)
+        // One byte of room is too little for two where the next cluster is taken.
+        #expect(try allocator.allocate(1) == run(67, 1))
+        #expect(try allocator.allocateStream(2) == start + 4 * 512)
+        #expect(try counts(64..<70) == [3, 2, 1, 1, 1, 0])
+        // A byte of room is enough for one byte.
+        #expect(try allocator.allocateStream(509) == start + 4 * 512 + 2)
+        #expect(try allocator.allocateStream(1) == start + 4 * 512 + 511)
+        #expect(try counts(68..<70) == [3, 0])
+        // Whoever gives a stream back ends them; a cluster without any is free.
+        try allocator.releaseStream(at: start + 300, 300)
+        #expect(try counts(64..<67) == [2, 1, 1])
+        #expect(allocator.nextCluster == 69)
+        try allocator.releaseStream(at: start + 1024, 511)
+        #expect(try counts(64..<67) == [2, 1, 0] && allocator.nextCluster == 66)
+        #expect(try allocator.allocateStream(100) == start + 1024)
+        // So does who drops or frees the cluster where the last one ends.
+        #expect(try allocator.drop([run(66, 1)]) == [run(66, 1)])
+        #expect(try allocator.allocateStream(100) == start + 5 * 512)
+        try allocator.free([run(69, 1)])
+        #expect(try allocator.allocateStream(100) == start + 5 * 512)
+    }
+
+    @Test("A cluster whose count is full takes no stream more", arguments: [0, 1])
+    func fullStreams(order: Int) throws {
+        let parts = try AllocatorTests(
+            ImageBuilder(byteCount: 64.KiB, clusterBits: 9, refcountOrder: order))
+        let most = order == 0 ? 1 : 3
+        let first = try #require(try parts.allocator.allocateStream(10))
+        for index in 1..<most {
+            #expect(try parts.allocator.allocateStream(10) == first + UInt64(index * 10))
+        }
+        #expect(try parts.allocator.allocateStream(10) == first + 512)
+        #expect(try parts.allocator.count(of: first / 512) == UInt64(most))
+    }
+
+    @Test("The file is cut behind the last cluster in use")
+    func cutting() throws {
+        _ = try allocator.allocate(1)
+        _ = allocator.freeze()
+        _ = try allocator.allocate(4)
+        #expect(device.bytes.count > 67 * 64 * 512)
+        let end = 67 * 64 + 1
+        #expect(device.bytes.count == end * 512)
+        try allocator.cutFile()
+        #expect(device.bytes.count == end * 512)
+        try file.write([1], at: UInt64(end * 512 + 5000))
+        try allocator.cutFile()
+        #expect(device.bytes.count == end * 512)
+        try allocator.free([run(67 * 64, 1), run(66 * 64, 1), run(65 * 64, 1)])
+        try allocator.cutFile()
+        #expect(device.bytes.count == 4099 * 512)
+    }
+
+    @Test("A cluster that is metadata and has no count is damage")
+    func damage() throws {
+        var builder = ImageBuilder(byteCount: 64.KiB, clusterBits: 9, refcountOrder: 6)
+        builder.count(512..<1024, by: ~0)
+        let parts = try AllocatorTests(builder)
+        #expect {
+            try parts.allocator.allocate(1)
+        } throws: { "\($0)".contains("the cluster at 0x200 is metadata, its refcount is 0") }
+    }
+}
