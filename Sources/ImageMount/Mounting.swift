@@ -19,11 +19,12 @@ public struct MountRequest: Sendable {
 
 /// Makes a mount and serves it.
 public enum Mounting {
-    /// Mounts, and returns the exit status: in the foreground when the mount has ended, otherwise
-    /// as soon as its files can be read.
+    /// Mounts, and serves the mount: in the foreground (`MountOptions.staysInForeground`) until it
+    /// has ended, when the exit status is returned.
     ///
-    /// In the background this process splits in two, and the new one never returns from here.  No
-    /// thread may have been started before.
+    /// In the background nothing returns but an error.  This process splits in two, so no thread
+    /// may have been started before: the new one serves the mount, and this one ends with status 0
+    /// as soon as the files can be read, after `whenReady`.
     ///
     /// - Parameter whenReady: called with the paths of the raw files when they can be read.
     public static func mount(
