@@ -11,6 +11,15 @@ extension Image {
         try writing?.write(bytes, at: offset, self)
     }
 
+    /// Writes `bytes` at `offset`, likewise.
+    /// - Throws: What `write` throws for a buffer.
+    public func write(_ bytes: [UInt8], at offset: UInt64) throws(ImageError) {
+        let result = bytes.withUnsafeBytes { buffer in
+            Result { () throws(ImageError) in try write(buffer, at: offset) }
+        }
+        try result.get()
+    }
+
     /// Writes bytes of one group, under its exclusive lock.
     func writeLocked(
         _ bytes: UnsafeRawBufferPointer, at offset: UInt64, _ writing: Writing

@@ -24,13 +24,7 @@ extension Image {
     }
 
     package func write(_ bytes: [UInt8], at offset: Int) throws(ImageError) {
-        var failure: ImageError?
-        bytes.withUnsafeBytes { buffer in
-            do throws(ImageError) { try write(buffer, at: UInt64(offset)) } catch {
-                failure = error
-            }
-        }
-        if let failure { throw failure }
+        try write(bytes, at: UInt64(offset))
     }
 }
 

@@ -39,6 +39,19 @@ struct PackageTests {
         }
         """
 
+    /// The programs that the documentation shows, each in a function.
+    private func documentedPrograms() throws -> String {
+        let files = ["README.md", "Sources/QCOW2/QCOW2.docc/QCOW2.md"]
+        let programs = try files.flatMap { file in
+            try String(contentsOfFile: top + "/" + file, encoding: .utf8)
+                .components(separatedBy: "```swift\nimport QCOW2\n").dropFirst()
+                .map { $0.components(separatedBy: "```")[0] }
+        }
+        #expect(programs.count >= files.count)
+        return "import QCOW2\n"
+            + programs.enumerated().map { "func program\($0)() throws {\($1)}\n" }.joined()
+    }
+
     /// This package as a repository with one version: what lies here now, committed or not, so that
     /// it does not matter how it came here.
     private func makeRepository() throws -> String {
@@ -68,6 +81,8 @@ struct PackageTests {
             toFile: package + "/Package.swift", atomically: true, encoding: .utf8)
         try Self.program.write(
             toFile: package + "/Sources/reader/Reader.swift", atomically: true, encoding: .utf8)
+        try documentedPrograms().write(
+            toFile: package + "/Sources/reader/Documented.swift", atomically: true, encoding: .utf8)
         // Other packages come from where this build has got them, so that no network is needed.
         try Command.shell(
             """
