@@ -25,7 +25,7 @@ package struct Compressor: ~Copyable, Sendable {
         let room = UnsafeMutableRawBufferPointer(rebasing: stream[..<(cluster.count - 1)])
         switch method {
         case .deflate:
-            guard let address = contexts.take() ?? DeflateEncoder.make() else { return nil }
+            let address = contexts.take() ?? DeflateEncoder.make()
             defer { contexts.give(address) }
             return DeflateEncoder.compress(cluster, into: room, with: address)
         case .zstd:
