@@ -40,7 +40,7 @@ struct Check: Verb {
         }
         let bar = progress.report(of: "check")
         let check = try ImageCheck(
-            path: image, locking: isShared ? .forceShare : .required,
+            path: image, locking: isShared ? .forceShare : .required, threadCount: 4,
             report: { $0.print(clearing: bar) }, progress: bar?.update)
         bar?.finish()
         return try CheckReport(check: check, image: image).print(output.form)

@@ -23,26 +23,29 @@ public struct ImageCheck: Sendable, Equatable {
     /// - Parameters:
     ///   - path: Where the image is.
     ///   - locking: What keeps writers away meanwhile.
+    ///   - threadCount: How many L2 tables are read at once; at 1 no thread is started.
     ///   - report: Gets each finding as it is met.
     ///   - progress: Gets the part that is done, from 0 to 1, as the check goes on.
     /// - Throws: What opening throws, and `.system` or `.malformed` where the walk cannot go on.
     public init(
-        path: String, locking: OpenOptions.Locking = .required,
+        path: String, locking: OpenOptions.Locking = .required, threadCount: Int = 1,
         report: @escaping (CheckFinding) -> Void = { _ in }, progress: ((Double) -> Void)? = nil
     ) throws(ImageError) {
         let device = try FileDevice(path: path, access: .readOnly, mapsBytes: false)
         defer { device.close() }
         try ImageLock.take(locking == .required ? .reader : .forceShare, on: device)
-        try self.init(device, report: report, progress: progress)
+        try self.init(device, threadCount: threadCount, report: report, progress: progress)
     }
 
-    /// Checks the image on a device.
+    /// Checks the image on a device, likewise.
     /// - Throws: `.system` or `.malformed` where the walk cannot go on.
     public init(
-        _ device: any BlockDevice, report: @escaping (CheckFinding) -> Void = { _ in },
-        progress: ((Double) -> Void)? = nil
+        _ device: any BlockDevice, threadCount: Int = 1,
+        report: @escaping (CheckFinding) -> Void = { _ in }, progress: ((Double) -> Void)? = nil
     ) throws(ImageError) {
-        self = try Examination(device, report: report, progress: progress).result
+        self = try Examination(
+            device, threadCount: threadCount, report: report, progress: progress
+        ).result
     }
 
     init() {}
@@ -58,13 +61,14 @@ struct Examination {
     let result: ImageCheck
 
     init(
-        _ device: any BlockDevice, report: @escaping (CheckFinding) -> Void = { _ in },
-        progress: ((Double) -> Void)? = nil
+        _ device: any BlockDevice, threadCount: Int = 1,
+        report: @escaping (CheckFinding) -> Void = { _ in }, progress: ((Double) -> Void)? = nil
     ) throws(ImageError) {
         header = try Header.readSupported(from: device)
         let tally = Tally(report: report, progress: progress)
         var walk = try ReferenceWalk(
-            device, header: header, tableRead: tally.tableRead, report: tally.add)
+            device, header: header, threadCount: threadCount, tableRead: tally.tableRead,
+            report: tally.add)
         if progress != nil { tally.tableCount = try walk.tableCount() }
         try walk.run()
         stored = try StoredRefcounts(device, header: header)
@@ -99,9 +103,10 @@ struct Examination {
         var end = walk.fileByteCount / cluster + (walk.fileByteCount % cluster == 0 ? 0 : 1)
         end = max(end, (walk.counts.highestCluster ?? 0) + 1)
         var highest: UInt64 = 0
+        var counts = walk.counts.reader
         for range in merged(walk.counts.touchedRanges, stored.coveredRanges) {
             for cluster in range.clamped(to: 0..<end) {
-                let found = walk.counts.count(of: cluster)
+                let found = counts.count(of: cluster)
                 guard let count = try stored.count(of: cluster) else {
                     if found > 0 { highest = cluster }
                     tally.add(
@@ -140,6 +145,8 @@ struct Examination {
         _ walk: ReferenceWalk, _ stored: inout StoredRefcounts, _ tally: Tally
     ) throws(ImageError) {
         let bits = UInt64(walk.header.clusterBits)
+        let hasDataFile = walk.header.hasDataFile
+        var tables: [UInt64] = []
         for (index, entry) in try walk.activeL1Entries() {
             guard entry.offset != 0, let count = try stored.count(of: entry.offset >> bits) else {
                 continue
@@ -147,17 +154,15 @@ struct Examination {
             if (count == 1) != entry.isCopied {
                 tally.add(.l2TableCopied(index: index, entry: entry.bits, stored: count))
             }
-            for entry in try walk.l2Entries(at: entry.offset)
-            where !entry.isCompressed && entry.hasCluster(inDataFile: walk.header.hasDataFile) {
-                if walk.header.hasDataFile {
-                    // Nothing there has a second reference.
-                    if !entry.isCopied { tally.add(.clusterCopied(entry: entry.bits, stored: 1)) }
-                    continue
-                }
-                guard let count = try stored.count(of: entry.offset >> bits) else { continue }
-                if (count == 1) != entry.isCopied {
-                    tally.add(.clusterCopied(entry: entry.bits, stored: count))
-                }
+            tables.append(entry.offset)
+        }
+        try walk.l2Tables.forEach(at: tables) { table throws(ImageError) in
+            try table.forEachEntry { entry throws(ImageError) in
+                guard !entry.isCompressed, entry.hasCluster(inDataFile: hasDataFile) else { return }
+                // Nothing in a data file has a second reference.
+                let count = hasDataFile ? 1 : try stored.count(of: entry.offset >> bits)
+                guard let count, (count == 1) != entry.isCopied else { return }
+                tally.add(.clusterCopied(entry: entry.bits, stored: count))
             }
         }
     }

@@ -20,26 +20,16 @@ extension ReferenceWalk {
 
     /// The entries of an L2 table that are not all zero.
     func l2Entries(at offset: UInt64) throws(ImageError) -> [L2Entry] {
-        tableRead()
-        // Past the end everything is zero; a hostile L1 table can ask for that very often.
-        guard offset < fileByteCount else { return [] }
-        guard isExtended else {
-            var entries: [L2Entry] = []
-            try forEachEntry(at: offset, entryCount: clusterByteCount / 8) {
-                entries.append(L2Entry(bits: $1))
-            }
-            return entries
-        }
-        var entries: [(index: UInt64, entry: L2Entry)] = []
-        try forEachEntry(at: offset, entryCount: clusterByteCount / 8) { index, word in
-            if entries.last?.index != index / 2 { entries.append((index / 2, .unallocated)) }
-            if index & 1 == 0 {
-                entries[entries.count - 1].entry.bits = word
-            } else {
-                entries[entries.count - 1].entry.subclusters = SubclusterBitmap(bits: word)
-            }
-        }
-        return entries.map(\.entry)
+        var entries: [L2Entry] = []
+        try l2Tables.forEach(at: [offset]) { $0.forEachEntry { entries.append($0) } }
+        return entries
+    }
+
+    /// What it takes to read L2 tables, without the counts.
+    var l2Tables: StoredL2Tables {
+        StoredL2Tables(
+            device: device, byteCount: Int(clusterByteCount), isExtended: isExtended,
+            fileByteCount: fileByteCount, threadCount: threadCount, tableRead: tableRead)
     }
 
     /// Whether L2 entries have a second word.

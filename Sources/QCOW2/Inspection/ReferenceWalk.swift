@@ -21,13 +21,17 @@ package struct ReferenceWalk {
     let report: (CheckFinding) -> Void
     let tableRead: () -> Void
     let clusterByteCount: UInt64
+    /// How many L2 tables are read at once.
+    let threadCount: Int
     private let maximum: UInt64
 
     /// - Parameters:
     ///   - header: The header of the image on `device`.
+    ///   - threadCount: How many L2 tables are read at once; at 1 no thread is started.
     ///   - tableRead: Called for each L2 table.
     package init(
-        _ device: any BlockDevice, header: Header, tableRead: @escaping () -> Void = {},
+        _ device: any BlockDevice, header: Header, threadCount: Int = 1,
+        tableRead: @escaping () -> Void = {},
         report: @escaping (CheckFinding) -> Void
     ) throws(ImageError) {
         self.device = device
@@ -35,6 +39,7 @@ package struct ReferenceWalk {
         self.report = report
         self.tableRead = tableRead
         clusterByteCount = header.clusterByteCount
+        self.threadCount = threadCount
         maximum = RefcountFormat(order: header.refcountOrder).maximum
         do throws(SystemError) {
             fileByteCount = try device.byteCount()
@@ -127,16 +132,10 @@ package struct ReferenceWalk {
             }
             tables.append(entry.offset)
         }
-        for table in tables {
-            count(table, clusterByteCount)
-            try countTable(at: table, isActive: owner == .active)
-        }
-    }
-
-    private mutating func countTable(at offset: UInt64, isActive: Bool) throws(ImageError) {
-        var expected: UInt64?
-        for entry in try l2Entries(at: offset) {
-            count(entry, isActive: isActive, expected: &expected)
+        for table in tables { count(table, clusterByteCount) }
+        try l2Tables.forEach(at: tables) { table in
+            var expected: UInt64?
+            table.forEachEntry { count($0, isActive: owner == .active, expected: &expected) }
         }
     }
 

@@ -10,6 +10,8 @@ struct StoredRefcounts {
     /// Clusters that a block counts, as a power of two.
     let blockBits: UInt64
     private var blocks: [UInt64: [UInt8]] = [:]
+    /// The block that was asked last: mostly the next one is the same.
+    private var latest: (index: UInt64, block: [UInt8]) = (.max, [])
 
     init(_ device: any BlockDevice, header: Header) throws(ImageError) {
         self.device = device
@@ -37,17 +39,24 @@ struct StoredRefcounts {
     /// The count of a cluster, nil where its block lies where no block can.
     mutating func count(of cluster: UInt64) throws(ImageError) -> UInt64? {
         let index = cluster >> blockBits
-        let offset = blockOffset(index)
-        if offset == 0 { return 0 }
-        guard offset & (1 << clusterBits - 1) == 0, offset <= UInt64(Int64.max) else { return nil }
-        let inBlock = Int(cluster & (1 << blockBits - 1))
-        if let block = blocks[index] {
-            return block.withRawBytes { format.count(at: inBlock, in: $0) }
+        if index != latest.index {
+            let offset = blockOffset(index)
+            if offset == 0 { return 0 }
+            guard offset & (1 << clusterBits - 1) == 0, offset <= UInt64(Int64.max) else {
+                return nil
+            }
+            latest = (index, try block(index, at: offset))
         }
+        let inBlock = Int(cluster & (1 << blockBits - 1))
+        return latest.block.withRawBytes { format.count(at: inBlock, in: $0) }
+    }
+
+    private mutating func block(_ index: UInt64, at offset: UInt64) throws(ImageError) -> [UInt8] {
+        if let block = blocks[index] { return block }
         let block = try read(offset)
         if blocks.count >= max(1, Self.cacheByteCount >> Int(clusterBits)) { blocks.removeAll() }
         blocks[index] = block
-        return block.withRawBytes { format.count(at: inBlock, in: $0) }
+        return block
     }
 
     /// The host offset of a block, 0 where there is none.
