@@ -45,6 +45,13 @@ struct DeflateBlocks: ~Copyable {
         part.clear()
     }
 
+    /// How many bits a byte of the cluster takes on average, judged by some of them.
+    func literalBits(_ cluster: UnsafeRawPointer, _ byteCount: Int) -> Float {
+        defer { part.clear() }
+        return part.entropy(
+            of: UnsafeRawBufferPointer(start: cluster, count: byteCount), every: 5, logarithms)
+    }
+
     /// Goes on with at most `DeflateStep.mostLiterals` literals, and a match; false where the
     /// stream does not fit.
     @inline(__always)

@@ -9,7 +9,7 @@ struct DeflateEncoder: ~Copyable {
     /// A match of so many bytes is taken without a look for a longer one.
     private static var enough: Int { 40 }
 
-    private let finder = MatchFinder()
+    private var finder = MatchFinder()
     private var blocks = DeflateBlocks()
 
     private init() {}
@@ -40,8 +40,8 @@ struct DeflateEncoder: ~Copyable {
     private mutating func compress(
         _ cluster: UnsafeRawPointer, _ end: Int, into room: UnsafeMutableRawBufferPointer
     ) -> Int? {
-        finder.reset()
         blocks.begin(cluster, room)
+        finder.reset(literalBits: blocks.literalBits(cluster, end))
         // Behind it there is no word to look for.
         let last = end &- MatchFinder.wordSize
         var literals = 0

@@ -42,6 +42,21 @@ struct DeflateHistogram: ~Copyable {
         }
     }
 
+    /// Counts each `step`th byte, and returns how many bits one takes on average.
+    func entropy(
+        of bytes: UnsafeRawBufferPointer, every step: Int,
+        _ logarithms: borrowing WeightedLogarithms
+    ) -> Float {
+        var total: UInt32 = 0
+        for index in stride(from: 0, to: bytes.count, by: step) {
+            literals[Int(bytes[index])] &+= 1
+            total &+= 1
+        }
+        var bits = logarithms[total]
+        for literal in 0..<256 { bits -= logarithms[literals[literal]] }
+        return bits / Float(total)
+    }
+
     /// About how many bits a block takes that has these symbols, and those of another one.
     func cost(with other: borrowing DeflateHistogram, _ logarithms: borrowing WeightedLogarithms)
         -> Float

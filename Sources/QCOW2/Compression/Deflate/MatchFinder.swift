@@ -1,3 +1,5 @@
+internal import Glibc
+
 /// Finds where a cluster's bytes stood before: chains of the positions with the same hash of four
 /// bytes, and the last position with the same hash of three.
 ///
@@ -15,9 +17,6 @@ struct MatchFinder: ~Copyable {
     /// How many bytes from a position on a finder looks at.
     static var wordSize: Int { 4 }
 
-    /// A match of three bytes from farther away takes more bits than three literals, mostly.
-    private static var farthestShort: Int { 128 }
-
     private static var shortBits: UInt32 { 12 }
     private static var longBits: UInt32 { 14 }
 
@@ -26,6 +25,8 @@ struct MatchFinder: ~Copyable {
     private let long: UnsafeMutablePointer<UInt16>
     /// For each position in the window, the one before it with the same hash of four bytes.
     private let chain: UnsafeMutablePointer<UInt16>
+    /// How far back a match of three bytes may lie.
+    private var farthestShort = 0
 
     init() {
         short = .allocate(capacity: 1 &<< Int(Self.shortBits))
@@ -40,7 +41,12 @@ struct MatchFinder: ~Copyable {
     }
 
     /// Forgets everything, so that a stream depends on its cluster alone.
-    func reset() {
+    ///
+    /// - Parameter literalBits: how many bits a literal takes, about.  A match of three bytes takes
+    ///   seven, and one more where it is twice as far: from some distance on, three literals are
+    ///   shorter.
+    mutating func reset(literalBits: Float) {
+        farthestShort = Int(exp2f(min(max(3 * literalBits - 7, 0), 12)))
         short.initialize(repeating: 0, count: 1 &<< Int(Self.shortBits))
         long.initialize(repeating: 0, count: 1 &<< Int(Self.longBits))
         chain.initialize(repeating: 0, count: Self.windowSize)
@@ -74,7 +80,7 @@ struct MatchFinder: ~Copyable {
         var match = Match()
         if shortest < 3 {
             let distance = Self.distance(position, shortCandidate)
-            if distance > 0, distance <= min(farthest, Self.farthestShort),
+            if distance > 0, distance <= min(farthest, farthestShort),
                 Self.threeBytes(Self.word(here - distance)) == Self.threeBytes(word)
             {
                 match = Match(length: 3, distance: distance)
