@@ -73,9 +73,9 @@ struct CompressorTests {
         }
     }
 
-    /// Noise, runs, repetitions from near and far, and alphabets of any size, up to 128 KiB.
+    /// Noise, runs, repetitions from near and far, and alphabets of any size, up to 2 MiB.
     private func mixture(_ noise: inout Noise) -> [UInt8] {
-        let size = Int.random(in: 2...(1 << Int.random(in: 4...17, using: &noise)), using: &noise)
+        let size = Int.random(in: 2...(1 << Int.random(in: 4...21, using: &noise)), using: &noise)
         var bytes: [UInt8] = []
         while bytes.count < size {
             let count = Int.random(
@@ -93,6 +93,21 @@ struct CompressorTests {
             }
         }
         return Array(bytes[..<size])
+    }
+
+    @Test("A stream has its last block, wherever the one before it is full")
+    func fullBlocks() {
+        // Three bytes and a match, again and again: nothing ends a block but its length.
+        let noise = Noise.bytes(3 * 24_000)
+        let compressor = Compressor(.deflate)
+        for count in 23_500..<23_700 {
+            let content = (0..<count).flatMap {
+                noise[3 * $0..<3 * $0 + 3] + Array("repeated".utf8)
+            }
+            #expect(
+                compressor.stream(of: content).flatMap(strictlyInflated) == content,
+                "\(count) steps")
+        }
     }
 
     @Test("A stream that is a byte shorter than its cluster is taken, a longer one is not")

@@ -100,7 +100,7 @@ struct DeflateBlockWriter: ~Copyable {
 
     /// How many bits at most the bytes take as they are, each piece with its length.
     private static func storedBitCount(_ byteCount: Int) -> Int {
-        byteCount &* 8 &+ (byteCount &+ mostStored &- 1) / mostStored &* (7 &+ 32)
+        byteCount &* 8 &+ max((byteCount &+ mostStored &- 1) / mostStored, 1) &* (7 &+ 32)
     }
 
     // Writing one
@@ -110,7 +110,7 @@ struct DeflateBlockWriter: ~Copyable {
         _ bytes: UnsafeRawBufferPointer, isLast: Bool, to output: inout BitWriter
     ) {
         var rest = bytes
-        while !rest.isEmpty {
+        repeat {
             let piece = UnsafeRawBufferPointer(rebasing: rest.prefix(Self.mostStored))
             rest = UnsafeRawBufferPointer(rebasing: rest.dropFirst(piece.count))
             output.add(isLast && rest.isEmpty ? 1 : 0, 3)
@@ -119,7 +119,7 @@ struct DeflateBlockWriter: ~Copyable {
             output.add(count | (~count & 0xFFFF) &<< 16, 32)
             output.flush()
             output.append(piece)
-        }
+        } while !rest.isEmpty
     }
 
     private func makeWords() {

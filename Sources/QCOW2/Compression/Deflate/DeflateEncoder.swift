@@ -73,7 +73,7 @@ struct DeflateEncoder: ~Copyable {
             if known < stop { finder.insert(cluster, known..<stop) }
         }
         literals &+= end &- position
-        guard add(&literals, MatchFinder.Match()) else { return nil }
+        guard literals == 0 || add(&literals, MatchFinder.Match()) else { return nil }
         return blocks.end()
     }
 
