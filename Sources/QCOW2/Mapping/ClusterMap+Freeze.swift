@@ -64,7 +64,6 @@ extension ClusterMap {
             for slot in state.frozenSlots { state.marks[slot].remove(.frozen) }
             state.frozenSlots.removeAll(keepingCapacity: true)
         }
-        state.announceChange()
     }
 
     /// Whether anything was changed since the last freeze.
