@@ -37,6 +37,7 @@ BINDING = re.compile(
 ASSIGNMENT = re.compile(r"^(\s*[\w.\[\]$!?()]+ (?:=|\+=|-=|&\+=|&-=|\|=|&=|&>>=|&<<=) )(.+)$")
 CALL = re.compile(r"^\s*(?:try )?(?:_ = )?(?:try )?[\w.$!?\[\]]+\(.*\)$")
 ONE_LINE_BODY = re.compile(r"^(.*(?:func|var) .*\{ )(?!get)([^{}]+)( \})$")
+STORE = re.compile(r"^\s*(?:\w+\.)?(storeBigEndian|replace)\(")
 CONTINUES = re.compile(r"^\s*(\.|\?|:|&&|\|\||[-+*/%&|<>=]|\{|else\b|as\b)")
 OPEN_END = re.compile(r"([-+*/%&|<>=?:,({\[]|\breturn|\bin)$")
 
@@ -160,8 +161,8 @@ def changes_of_line(path, lines, index):
         indent = line[:len(line) - len(line.lstrip())]
         yield Change(path, index, "dropped", line.strip(), "",
                      [f"{indent}if !MUTANT {{ {line.strip()} }}"])
-        # The order of two plain assignments says nothing.
-        does_something = CALL.match(line) or CALL.match(following)
+        # The order of two plain assignments, or of two stores to bytes, says nothing.
+        does_something = any(CALL.match(one) and not STORE.match(one) for one in (line, following))
         if does_something and is_statement(
                 following, lines[index + 2] if index + 2 < len(lines) else ""):
             if following[:len(indent) + 1] == indent + following.strip()[:1]:

@@ -88,7 +88,7 @@ def first_failure(process):
             os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
             return None
         output = output[-4096:] + data
-        failed = re.search(r"✘ Test (case )?(.*)".encode(), output)
+        failed = re.search(r"✘\S* Test (case )?(.*)".encode(), output)
         if failed:
             return failed.group(2).decode(errors="replace").split(" recorded ")[0]
     return "it hangs"
