@@ -33,6 +33,12 @@ struct AllocatorTests {
         ClusterRun(first: first, count: count)
     }
 
+    /// How many blocks a commit makes known, with those before.
+    func blockCount(_ frozen: ClusterAllocator.Frozen) -> Int {
+        let bytes = frozen.movedTable ?? frozen.pages.pieces.flatMap(\.bytes)
+        return (0..<bytes.count / 8).count { bytes.number(at: $0 * 8, as: UInt64.self) != 0 }
+    }
+
     func counts(_ clusters: Range<UInt64>) throws -> [UInt64] {
         try clusters.map { try allocator.count(of: $0) }
     }
@@ -96,18 +102,40 @@ struct AllocatorTests {
         #expect(guarded.collision() == nil)
     }
 
-    @Test("The counts that are written are those in memory, in blocks that were empty")
-    func writesCounts() throws {
+    @Test(
+        "The counts that are written are those in memory, whatever memory there is",
+        arguments: [0, 1 << 20])
+    func writesCounts(cacheByteCount: Int) throws {
+        let parts = try AllocatorTests(
+            ImageBuilder(byteCount: 64.KiB, clusterBits: 9, refcountOrder: 6),
+            cacheByteCount: cacheByteCount)
+        let (allocator, device) = (parts.allocator, parts.device)
         _ = try allocator.allocate(1)
         _ = allocator.freeze()
         #expect(try allocator.allocate(40) == run(64, 40))
+        #expect(allocator.takeUnsyncedIncrements())
+        #expect(try allocator.allocate(1) == run(104, 1) && allocator.takeUnsyncedIncrements())
+        try allocator.free([run(104, 1)])
         try allocator.writeCounts()
         #expect(!allocator.hasUnwrittenCounts)
+        let written = device.moments.count
+        try allocator.writeCounts()
+        #expect(device.moments.count == written)
         func block(_ cluster: Int) -> [UInt64] {
             (0..<64).map { device.bytes.number(at: cluster * 512 + $0 * 8, as: UInt64.self) }
         }
+        // Counts that are looked at are not written again.
+        for cluster in stride(from: 0, to: 4096, by: 64) as StrideTo<UInt64> {
+            _ = try allocator.count(of: cluster)
+        }
+        try allocator.free([run(103, 1)])
+        try allocator.writeCounts()
+        #expect(
+            device.moments.count { if case .write = $0 { true } else { false } }
+                == parts.writeCount(before: written) + 1)
+        #expect(try allocator.allocate(1) == run(103, 1))
         #expect(block(3) == [UInt64](repeating: 1, count: 64))
-        #expect(block(4) == (0..<64).map { $0 < 40 ? 1 : 0 })
+        #expect(block(4) == (0..<64).map { $0 < 39 ? 1 : 0 })
         #expect(block(5) == [UInt64](repeating: 0, count: 64))
         #expect(block(64 * 64) == (0..<64).map { $0 < 3 ? 1 : 0 })
     }
@@ -145,6 +173,111 @@ struct AllocatorTests {
         #expect(frozen.movedTable?.count == 1536 && frozen.dropped == [run(4097, 2)])
         #expect(try allocator.allocate(64, exactly: true) == run(68 * 64, 64))
         #expect(allocator.nextCluster == 63 * 64 + 1)
+    }
+
+    func writeCount(before moment: Int) -> Int {
+        device.moments[..<moment].count { if case .write = $0 { true } else { false } }
+    }
+
+    @Test("Who finds no run that is long enough gets blocks for two requests, or for that run")
+    func longRuns() throws {
+        _ = try allocator.allocate(1)
+        #expect(blockCount(allocator.freeze()) == 68)
+        // 60 ranges without a break.
+        #expect(try allocator.allocate(60 * 64, exactly: true) == run(64, 60 * 64))
+        try allocator.free([run(64, 60 * 64)])
+        #expect(try allocator.allocate(60 * 64 + 1, exactly: true) == nil)
+        #expect(blockCount(allocator.freeze()) == 68 + 66)
+        let other = try AllocatorTests().allocator
+        _ = try other.allocate(1)
+        _ = other.freeze()
+        #expect(try other.allocate(6400, exactly: true) == nil)
+        #expect(blockCount(other.freeze()) == 68 + 101)
+    }
+
+    @Test("Nothing is written over metadata that has no count")
+    func metadataWithoutCounts() throws {
+        for cluster in [61 * 64, 64 * 64, 64 * 64 + 2] as [UInt64] {
+            let parts = try AllocatorTests()
+            parts.guarded.add(run(cluster, 1))
+            #expect {
+                try parts.allocator.allocate(1)
+            } throws: { "\($0)".contains("metadata lies at") }
+            #expect(parts.device.bytes.count <= Int(cluster) * 512)
+        }
+    }
+
+    @Test("A table that could not grow is as it was, and grows the next time")
+    func failedGrowth() throws {
+        let builder = ImageBuilder(byteCount: 64.KiB, clusterBits: 9, refcountOrder: 6)
+        // The 64th block, the first one that needs a longer table.
+        let device = FaultyDevice(
+            RecordingDevice(builder.build(), yielding: false), FaultyDevice.Fault(.write, call: 63))
+        let file = try HostFile(device)
+        let header = try builder.build().withUnsafeBytes { try Header.parse($0) }
+        let map = try ClusterMap(header, in: file, cacheByteCount: 1 << 20)
+        let guarded = try MetadataGuard(map: map, tableCount: 8)
+        let allocator = try ClusterAllocator(header, in: file, guarded: guarded)
+        #expect(try allocator.allocate(1) == nil && device.failed)
+        #expect([64 * 64, 64 * 64 + 1].map(guarded.isMetadata) == [false, false])
+        #expect(guarded.isMetadata(63 * 64) && guarded.isMetadata(2))
+        let frozen = allocator.freeze()
+        #expect(frozen.movedTable == nil && frozen.dropped.isEmpty)
+        #expect(frozen.pages.pieces.map(\.bytes.count) == [512] && blockCount(frozen) == 64)
+        #expect(try allocator.allocate(1).map(\.first).map { $0 > 64 } == true)
+        let next = allocator.freeze()
+        #expect(next.tableClusterCount == 3 && next.movedTable?.count == 1536)
+        #expect(try allocator.count(of: 64 * 64) == 0)
+    }
+
+    @Test("A block that cannot count itself is none, and is made the next time")
+    func uncountedBlock() throws {
+        let builder = ImageBuilder(byteCount: 64.KiB, clusterBits: 9, refcountOrder: 6)
+        let bytes = builder.build()
+        // The L1 table, the refcount table, the first block, and block 61, which lies in its range.
+        let device = FaultyDevice(
+            RecordingDevice(bytes, yielding: false), FaultyDevice.Fault(.read, call: 3))
+        let file = try HostFile(device)
+        let header = try bytes.withUnsafeBytes { try Header.parse($0) }
+        let map = try ClusterMap(header, in: file, cacheByteCount: 1 << 20)
+        let guarded = try MetadataGuard(map: map, tableCount: 8)
+        let allocator = try ClusterAllocator(header, in: file, guarded: guarded)
+        #expect(try allocator.allocate(1) == nil && device.failed)
+        #expect(!guarded.isMetadata(61 * 64) && guarded.isMetadata(63))
+        #expect(blockCount(allocator.freeze()) == 61)
+        #expect(try allocator.allocate(1) != nil && allocator.count(of: 61 * 64) == 0)
+    }
+
+    @Test("The filter knows every table, and what lies on another")
+    func collisions() throws {
+        var builder = ImageBuilder(byteCount: 256.KiB, clusterBits: 9, refcountOrder: 6)
+        let table = UInt64(builder.entryOffset(0))
+        let shared = UInt64(builder.entryOffset(64))
+        let l1 = builder.l1Offset
+        builder.put(shared | 1 << 63, at: l1 + 16)
+        let guarded = try AllocatorTests(builder).guarded
+        #expect(!guarded.collides(tableAt: table) && guarded.collides(tableAt: shared))
+        #expect(guarded.collides(tableAt: 0) && guarded.collides(tableAt: UInt64(l1)))
+        #expect(guarded.isMetadata(table / 512) && guarded.isMetadata(shared / 512))
+        #expect(!guarded.collides(tableAt: 1000 * 512))
+        guarded.add(run(1000, 2))
+        #expect(guarded.collides(tableAt: 1001 * 512) && !guarded.collides(tableAt: 1002 * 512))
+        #expect(!guarded.collides(tableAt: 999 * 512) && guarded.collision() == nil)
+        for (first, count, found) in [(1001, 1, 1001), (999, 2, 1000), (0, 1, 0), (1, 1, 1)]
+            as [(UInt64, UInt64, UInt64)]
+        {
+            guarded.add(run(first, count))
+            #expect(guarded.collision() == found)
+            guarded.remove(run(first, count))
+            #expect(guarded.collision() == nil)
+        }
+        for block in [0, 1, 1001] as [UInt64] {
+            guarded.addRefcountBlock(block)
+            #expect(guarded.collision() == block)
+            guarded.removeRefcountBlock(block)
+        }
+        guarded.addRefcountBlock(1002)
+        #expect(guarded.collision() == nil && guarded.isMetadata(1002))
     }
 
     @Test("Dropping leaves the last reference, freeing takes it")
@@ -198,8 +331,9 @@ struct AllocatorTests {
 
     @Test("Streams lie one behind the other, and reach into the next cluster where it is free")
     func streams() throws {
-        _ = try allocator.allocate(1)
-        _ = allocator.freeze()
+        // Room for streams is made ahead too.
+        #expect(try allocator.allocateStream(100) == nil)
+        #expect(blockCount(allocator.freeze()) == 68)
         let start: UInt64 = 64 * 512
         #expect(try allocator.allocateStream(100) == start)
         #expect(try allocator.allocateStream(200) == start + 100)
@@ -231,6 +365,11 @@ struct AllocatorTests {
         #expect(try allocator.allocateStream(100) == start + 5 * 512)
         try allocator.free([run(69, 1)])
         #expect(try allocator.allocateStream(100) == start + 5 * 512)
+        // One that ends with the first byte of a cluster has a reference there.
+        #expect(try allocator.allocateStream(413) == start + 5 * 512 + 100)
+        #expect(try counts(69..<71) == [2, 1])
+        try allocator.releaseStream(at: start + 5 * 512 + 100, 413)
+        #expect(try counts(69..<71) == [1, 0])
     }
 
     @Test("A cluster whose count is full takes no stream more", arguments: [0, 1])
@@ -262,6 +401,10 @@ struct AllocatorTests {
         try allocator.free([run(67 * 64, 1), run(66 * 64, 1), run(65 * 64, 1)])
         try allocator.cutFile()
         #expect(device.bytes.count == 4099 * 512)
+        // A last cluster that the file has only a part of stays.
+        try file.resize(to: 4099 * 512 - 100)
+        try allocator.cutFile()
+        #expect(device.bytes.count == 4099 * 512 - 100)
     }
 
     @Test("A cluster that is metadata and has no count is damage")

@@ -84,7 +84,9 @@ struct BitmapSwitchTests {
             let states = try point(bytes, to: new)
             for state in states {
                 let header = try header(state)
-                let found = header.autoclearFeatures.contains(.bitmaps) ? header.bitmaps : nil
+                let isValid = header.autoclearFeatures.contains(.bitmaps)
+                #expect(!isValid || header.bitmaps != nil)
+                let found = isValid ? header.bitmaps : nil
                 #expect(found == old || found == new || found == nil)
                 #expect(header.backingFile == around.name)
                 let others = header.extensions.filter { $0.type == 0x1234_5678 }
@@ -126,6 +128,29 @@ struct BitmapSwitchTests {
         #expect(states.count == 3)
         #expect(try header(states[1]).bitmaps == Self.first)
         #expect(try header(states[1]).backingFileOffset == 112 + 16 + 40)
+    }
+
+    @Test("A bit that has no extension is cleared before one is made")
+    func bitAlone() throws {
+        var bytes = Surroundings().image()
+        bytes.put(UInt64(1), at: 88)
+        let states = try point(bytes, to: Self.first)
+        #expect(states.count == 5)
+        #expect(try !header(states[1]).autoclearFeatures.contains(.bitmaps))
+        #expect(try header(states[4]).autoclearFeatures.contains(.bitmaps))
+        #expect(try point(bytes, to: nil).count == 2)
+    }
+
+    @Test("A name that is just far enough away stays")
+    func exactRoom() throws {
+        var bytes = Surroundings(nameLength: 5).image()
+        for (place, stays) in [(152, true), (151, false), (153, true)] {
+            bytes.put(Array("bbbbb".utf8), at: place)
+            bytes.put(UInt64(place), at: 8)
+            let last = try header(try #require(try point(bytes, to: Self.first).last))
+            #expect((last.backingFileOffset == UInt64(place)) == stays, "\(place)")
+            #expect(last.backingFile == "bbbbb" && last.bitmaps == Self.first)
+        }
     }
 
     @Test("A record between others is left as room, which the next one takes")

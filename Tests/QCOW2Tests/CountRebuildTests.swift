@@ -70,10 +70,22 @@ struct CountRebuildTests {
 
     @Test("Where the file is longer than its references, blocks lie behind the file")
     func behindTheFile() throws {
-        try parts.file.write([1], at: 100 * 512)
+        try parts.file.write([UInt8](repeating: 1, count: 512), at: 100 * 512)
         try rebuild([70: 1])
         #expect(try [70, 100, 101, 102].map(count) == [1, 0, 1, 0])
         #expect(table(parts.allocator.freeze()) == [0: 3, 1: 101])
+    }
+
+    @Test("A table that is just long enough stays or grows by what its own blocks may need")
+    func border() throws {
+        try rebuild([4000: 1])
+        #expect(parts.allocator.freeze().movedTable == nil)
+        let nearEnd = try CountRebuildTests()
+        try nearEnd.rebuild([4040: 1])
+        #expect(nearEnd.parts.allocator.freeze().tableClusterCount == 2)
+        let twice = try CountRebuildTests()
+        try twice.rebuild([8070: 1])
+        #expect(twice.parts.allocator.freeze().tableClusterCount == 2)
     }
 
     @Test("The table becomes as long as it must be")

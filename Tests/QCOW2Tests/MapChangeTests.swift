@@ -86,6 +86,8 @@ struct MapChangeTests {
             (stream, .unallocated, false, [run(2001, 1)]),
             (stream, L2Entry(bits: stream.bits + 1), true, [run(2001, 1)]),
         ]
+        _ = try map.update(20, count: 1) { _, _ in .zeroPlain }
+        #expect(!freeze(map).exposesData)
         for (old, new, exposes, dropped) in cases {
             _ = try map.update(20, count: 1) { _, _ in old }
             _ = freeze(map)
@@ -208,6 +210,15 @@ struct MapChangeTests {
         #expect(frozen.dropped == [run(data, 1), run(7, 2), run(20, 1)])
         map.removeTables(from: 8, dropping: [])
         #expect(!map.isDirty)
+        // Their slots are free again, however often.
+        for number in 0..<40 as Range<UInt64> {
+            map.replaceTable(4, by: 0x8000, clearingCopied: false)
+            #expect(try map.update(4 * 64, count: 1) { _, _ in entry(3000 + number) } == 1)
+            map.removeTables(from: 4, dropping: [])
+        }
+        map.replaceTable(4, by: 0x8000, clearingCopied: false)
+        #expect(try map.update(4 * 64, count: 1) { _, _ in entry(4000) } == 1)
+        #expect(freeze(map).tables.pieces.map(\.offset).sorted() == [512, 0x8000])
     }
 
     @Test(
@@ -256,9 +267,10 @@ struct MapChangeTests {
 
     @Test("What is dirty and dropped has a measure, half of it for who makes much")
     func measures() throws {
-        let builder = ImageBuilder(byteCount: 32.KiB * 64, clusterBits: 9)
+        var builder = ImageBuilder(byteCount: 32.KiB * 64, clusterBits: 9)
+        let host = UInt64(builder.fill(1, guestCluster: 63 * 64 + 5))
         let map = try Self.map(builder, cacheByteCount: 0)
-        for index in 0..<64 {
+        for index in 0..<63 {
             map.replaceTable(index, by: 0x10_0000 + UInt64(index) * 512, clearingCopied: false)
         }
         _ = freeze(map)
@@ -281,9 +293,35 @@ struct MapChangeTests {
         _ = map.freeze { $0 }
         #expect(try map.update(63 * 64, count: 1) { _, _ in .zeroPlain } == 0)
         #expect(try map.entries(ofSliceAt: 63 * 64) == nil)
-        #expect(try map.extent(at: 63 * 32768 + 512, limit: 99_999).byteCount == 32256)
+        #expect(
+            try map.extent(at: 63 * 32768 + 512, limit: 99_999)
+                == Extent(.unallocated, host: 0, byteCount: 4 * 512))
+        #expect(
+            try map.extent(at: 63 * 32768 + 5 * 512, limit: 99_999)
+                == Extent(.data, isCopied: true, host: host, byteCount: 512))
         map.thaw()
         #expect(try map.update(63 * 64, count: 1) { _, _ in .zeroPlain } == 1)
+    }
+
+    @Test("Of a large cache, two thousand slices at most")
+    func largeCache() throws {
+        let tables = 16400
+        let builder = ImageBuilder(byteCount: 2.MiB * tables, clusterBits: 12)
+        let map = try Self.map(builder, cacheByteCount: 64 << 20)
+        for index in 0..<tables {
+            map.replaceTable(index, by: 0x1000_0000 + UInt64(index) << 12, clearingCopied: false)
+        }
+        _ = freeze(map)
+        var half = 0
+        var full = 0
+        for index in 0..<2100 {
+            guard try map.update(UInt64(index) * 512, count: 1, { _, _ in .zeroPlain }) == 1 else {
+                continue
+            }
+            if !map.isHalfFull { half += 1 }
+            if !map.isOverfull { full += 1 }
+        }
+        #expect(half == 1024 && full == 2048)
     }
 
     @Test("Many dropped references are a measure too")

@@ -94,6 +94,21 @@ struct TableTreeTests {
         #expect(joined == expected)
     }
 
+    @Test("Entries without references make no batch, at its start neither")
+    func emptyBatches() throws {
+        // 15 full tables and one with 496 clusters are 8192 references; zeros follow.
+        for table in 0..<16 {
+            var bytes: [UInt8] = []
+            for entry in 0..<512 {
+                let isZero = table == 15 && entry >= 496
+                bytes.put(isZero ? 1 : UInt64(1000 + table * 1000 + entry) << 12, at: entry * 8)
+            }
+            try file.write(bytes, at: UInt64(500 + table) << 12)
+        }
+        let found = try references((0..<16).map { L1Entry(bits: UInt64(500 + $0) << 12) })
+        #expect(found.map { $0.reduce(0) { $0 + $1.count } } == [8192])
+    }
+
     @Test("COPIED goes from every entry that has a cluster, and only then is a table written")
     func clearsCopied() throws {
         let tree = TableTree(entries, in: file, header: header)
@@ -125,7 +140,7 @@ struct TableTreeTests {
             try TableTree.l1Entries(of: snapshot, in: file, header: header, limit: limit)
         }
         #expect(try read() == entries && read(3) == Array(entries.prefix(3)))
-        #expect(try read(4) == entries && read(0) == [])
+        #expect(try read(4) == entries && read(0) == [] && read(1) == [entries[0]])
         snapshot.l1Offset += 8
         #expect(throws: ImageError.self) { try read() }
         snapshot.l1EntryCount = 0
