@@ -36,6 +36,18 @@ struct HostileImageTests {
         print("• \(Self.imageCount) hostile images used, the slowest in \(slowest) s")
     }
 
+    @Test("an L1 table a million times too long, far behind the end, makes nothing slow")
+    func longL1Table() throws {
+        for (number, seed) in HostileImage.seeds.enumerated() {
+            var bytes = seed
+            bytes[37] = 0x2D  // of the number of entries
+            bytes[42] = 0x1D  // of the offset: 29 TiB
+            let start = Self.processorTime()
+            #expect(HostileImage.fault(of: bytes) == nil, "seed \(number)")
+            #expect(Self.processorTime() - start < 10, "seed \(number)")
+        }
+    }
+
     /// In seconds, of all our threads: other programs on the machine make no difference.
     private static func processorTime() -> Double {
         var time = timespec()

@@ -15,6 +15,10 @@ package final class MetadataGuard: Sendable {
     private struct Known {
         var tables: [ClusterRun] = []
         var refcountBlocks: Set<UInt64> = []
+        /// Clusters that were L2 tables at some time; those that an image came with are among them
+        /// as soon as it was asked for one.
+        var l2Tables: Set<UInt64> = []
+        var hasFirstTables = false
     }
 
     /// - Parameter tableCount: about how many L2 tables and refcount blocks there are.
@@ -52,7 +56,10 @@ package final class MetadataGuard: Sendable {
     }
 
     /// Adds an L2 table, which the map knows by itself.
-    package func addTable(_ cluster: UInt64) { mark(cluster) }
+    package func addTable(_ cluster: UInt64) {
+        known.withLock { _ = $0.l2Tables.insert(cluster) }
+        mark(cluster)
+    }
 
     /// Whether any cluster of host bytes `offset ..< offset + byteCount` is metadata.
     @inline(__always)
@@ -84,9 +91,24 @@ package final class MetadataGuard: Sendable {
         if isKnown(cluster) { return true }
         let l1 = map.l1Clusters
         if l1.first <= cluster, cluster < l1.end { return true }
+        guard wasTable(cluster) else { return false }
         let offset = cluster &<< clusterBits
         for index in 0..<map.l1EntryCount where map.l1Entry(index).offset == offset { return true }
         return false
+    }
+
+    /// Whether the cluster is an L2 table, or was one.  Without it, each cluster that a long L1
+    /// table has left would cost a look at all of its entries.
+    private func wasTable(_ cluster: UInt64) -> Bool {
+        known.withLock { known in
+            if !known.hasFirstTables {
+                for index in 0..<map.l1EntryCount where map.l1Entry(index).offset != 0 {
+                    known.l2Tables.insert(map.l1Entry(index).offset &>> clusterBits)
+                }
+                known.hasFirstTables = true
+            }
+            return known.l2Tables.contains(cluster)
+        }
     }
 
     /// Whether the L2 table at `offset` lies on other metadata, or under two L1 entries.
