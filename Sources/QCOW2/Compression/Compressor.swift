@@ -4,10 +4,12 @@
 /// costs no allocation.
 package struct Compressor: ~Copyable, Sendable {
     private let method: Decompressor.Method
+    private let effort: CompressionEffort
     private let contexts: ContextPool
 
-    package init(_ method: Decompressor.Method) {
+    package init(_ method: Decompressor.Method, effort: CompressionEffort = .usual) {
         self.method = method
+        self.effort = effort
         switch method {
         case .deflate: contexts = ContextPool(destroying: DeflateEncoder.destroy)
         case .zstd: contexts = ContextPool(destroying: ZstdEncoder.destroy)
@@ -27,11 +29,11 @@ package struct Compressor: ~Copyable, Sendable {
         case .deflate:
             let address = contexts.take() ?? DeflateEncoder.make()
             defer { contexts.give(address) }
-            return DeflateEncoder.compress(cluster, into: room, with: address)
+            return DeflateEncoder.compress(cluster, into: room, effort: effort, with: address)
         case .zstd:
             guard let address = contexts.take() ?? ZstdEncoder.make() else { return nil }
             defer { contexts.give(address) }
-            return ZstdEncoder.compress(cluster, into: room, with: address)
+            return ZstdEncoder.compress(cluster, into: room, effort: effort, with: address)
         }
     }
 }

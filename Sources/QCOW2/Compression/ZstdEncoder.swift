@@ -2,9 +2,14 @@ internal import CZstd
 
 /// Makes zstd frames, one a cluster.
 enum ZstdEncoder {
-    /// One below the library's usual level, which is QEMU's: for clusters it takes three quarters
-    /// of the time, and the frames are less than a hundredth longer.
-    private static var level: Int32 { 2 }
+    /// The usual one is one below the library's, which is QEMU's: for clusters it takes three
+    /// quarters of the time, and the frames are less than a hundredth longer.
+    private static func level(_ effort: CompressionEffort) -> Int32 {
+        switch effort {
+        case .usual: 2
+        case .low: 1
+        }
+    }
 
     /// The address of a new context, or nil where there is no memory.
     static func make() -> UnsafeMutableRawPointer? {
@@ -18,11 +23,11 @@ enum ZstdEncoder {
     /// How many bytes of `room` the frame took; nil where it does not fit.
     static func compress(
         _ cluster: UnsafeRawBufferPointer, into room: UnsafeMutableRawBufferPointer,
-        with address: UnsafeMutableRawPointer
+        effort: CompressionEffort, with address: UnsafeMutableRawPointer
     ) -> Int? {
         let byteCount = ZSTD_compressCCtx(
             OpaquePointer(address), room.baseAddress, room.count, cluster.baseAddress,
-            cluster.count, level)
+            cluster.count, level(effort))
         return ZSTD_isError(byteCount) == 0 ? byteCount : nil
     }
 }

@@ -41,12 +41,19 @@ public final class CompressedWriter: @unchecked Sendable {
     private let state: Monitor<State>
     private let threads = Monitor<[pthread_t]>([])
 
+    /// - Parameters:
+    ///   - image: What the clusters are written to.
+    ///   - threadCount: How many threads compress.
+    ///   - effort: How much time it may take.
     /// - Throws: `.invalidArgument` for an image that cannot have compressed clusters, `.readOnly`.
-    public init(_ image: Image, threadCount: Int) throws(ImageError) {
+    public init(
+        _ image: Image, threadCount: Int, effort: CompressionEffort = .usual
+    ) throws(ImageError) {
         _ = try image.writer()
         try image.checkCompressible()
         self.image = image
-        compressor = Compressor(image.header.compressionType == .zstd ? .zstd : .deflate)
+        compressor = Compressor(
+            image.header.compressionType == .zstd ? .zstd : .deflate, effort: effort)
         let count = max(threadCount, 1)
         slots = .allocate(capacity: count * 2 + 1)
         let byteCount = Int(image.clusterByteCount)

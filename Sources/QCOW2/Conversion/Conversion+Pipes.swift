@@ -214,7 +214,8 @@ extension Conversion {
     private func compress(
         _ stream: RawStream, into image: Image, _ grow: (UInt64) throws(ImageError) -> Void
     ) throws(ImageError) -> UInt64 {
-        let writer = try CompressedWriter(image, threadCount: threadCount)
+        let writer = try CompressedWriter(
+            image, threadCount: threadCount, effort: compressionEffort)
         var end: UInt64 = 0
         do throws(ImageError) {
             try stream.forEachPart(of: Int(image.clusterByteCount)) {

@@ -17,6 +17,8 @@ public struct Conversion: Sendable {
     public var threadCount = 2
     /// Whether the clusters of a qcow2 image are compressed.
     public var compresses = false
+    /// How much time it may take to compress them.
+    public var compressionEffort = CompressionEffort.usual
 
     /// A conversion with the defaults of `qemu-img convert`.
     public init(to target: Target) { self.target = target }
@@ -108,7 +110,8 @@ public struct Conversion: Sendable {
     private func compress(
         _ source: SourceDisk, into image: Image, _ progress: ((Double) -> Bool)?
     ) throws(ImageError) {
-        let writer = try CompressedWriter(image, threadCount: threadCount)
+        let writer = try CompressedWriter(
+            image, threadCount: threadCount, effort: compressionEffort)
         do throws(ImageError) {
             try feed(source, to: writer, clusterByteCount: image.clusterByteCount, progress)
         } catch {

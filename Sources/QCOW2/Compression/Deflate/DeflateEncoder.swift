@@ -4,10 +4,26 @@
 /// It is ours because no library has such a window and is quick: libdeflate's cannot be made
 /// smaller, and zlib takes three times as long for streams that are no shorter.
 struct DeflateEncoder: ~Copyable {
-    // More of each gains less than a thousandth.
-    private static var attempts: Int { 24 }
-    /// A match of so many bytes is taken without a look for a longer one.
-    private static var enough: Int { 40 }
+    /// Where the search for matches ends.
+    private struct Patience {
+        /// How many places are looked at, and how many where there is a match already.
+        let attempts: Int
+        let furtherAttempts: Int
+        /// A match of so many bytes is taken without a look for a longer one.
+        let enough: Int
+        /// How many bits a match of three bytes is said to take where it is as near as can be.
+        let shortMatchBits: Float
+
+        init(_ effort: CompressionEffort) {
+            switch effort {
+            case .usual:
+                // More of each gains less than a thousandth.
+                (attempts, furtherAttempts, enough, shortMatchBits) = (24, 12, 40, 7)
+            case .low:
+                (attempts, furtherAttempts, enough, shortMatchBits) = (12, 6, 32, 9.5)
+            }
+        }
+    }
 
     private var finder = MatchFinder()
     private var blocks = DeflateBlocks()
@@ -30,18 +46,21 @@ struct DeflateEncoder: ~Copyable {
     /// How many bytes of `room` the stream took; nil where it does not fit.
     static func compress(
         _ cluster: UnsafeRawBufferPointer, into room: UnsafeMutableRawBufferPointer,
-        with address: UnsafeMutableRawPointer
+        effort: CompressionEffort, with address: UnsafeMutableRawPointer
     ) -> Int? {
         guard !cluster.isEmpty, !room.isEmpty else { return nil }
         return address.assumingMemoryBound(to: DeflateEncoder.self).pointee
-            .compress(cluster.baseAddress.unsafelyUnwrapped, cluster.count, into: room)
+            .compress(
+                cluster.baseAddress.unsafelyUnwrapped, cluster.count, into: room, Patience(effort))
     }
 
     private mutating func compress(
-        _ cluster: UnsafeRawPointer, _ end: Int, into room: UnsafeMutableRawBufferPointer
+        _ cluster: UnsafeRawPointer, _ end: Int, into room: UnsafeMutableRawBufferPointer,
+        _ patience: Patience
     ) -> Int? {
         blocks.begin(cluster, room)
-        finder.reset(literalBits: blocks.literalBits(cluster, end))
+        finder.reset(
+            literalBits: blocks.literalBits(cluster, end), shortMatchBits: patience.shortMatchBits)
         // Behind it there is no word to look for.
         let last = end &- MatchFinder.wordSize
         var literals = 0
@@ -49,13 +68,13 @@ struct DeflateEncoder: ~Copyable {
         while position <= last {
             var match = finder.longest(
                 cluster, position, end: end, longerThan: DeflateSymbols.shortestMatch &- 1,
-                attempts: Self.attempts, enough: Self.enough)
+                attempts: patience.attempts, enough: patience.enough)
             var known = position &+ 1
             // A literal and a better match behind it may be shorter than this one.
-            while match.distance > 0, match.length < Self.enough, known <= last {
+            while match.distance > 0, match.length < patience.enough, known <= last {
                 let next = finder.longest(
                     cluster, known, end: end, longerThan: match.length &- 1,
-                    attempts: Self.attempts / 2, enough: Self.enough)
+                    attempts: patience.furtherAttempts, enough: patience.enough)
                 known &+= 1
                 guard Self.gain(of: next, over: match) > 2 else { break }
                 match = next

@@ -42,11 +42,12 @@ struct MatchFinder: ~Copyable {
 
     /// Forgets everything, so that a stream depends on its cluster alone.
     ///
-    /// - Parameter literalBits: how many bits a literal takes, about.  A match of three bytes takes
-    ///   seven, and one more where it is twice as far: from some distance on, three literals are
-    ///   shorter.
-    mutating func reset(literalBits: Float) {
-        farthestShort = Int(exp2f(min(max(3 * literalBits - 7, 0), 12)))
+    /// - Parameters:
+    ///   - literalBits: how many bits a literal takes, about.
+    ///   - shortMatchBits: how many a match of three bytes takes, and one more where it is twice as
+    ///     far: from some distance on, three literals are shorter.
+    mutating func reset(literalBits: Float, shortMatchBits: Float) {
+        farthestShort = Int(exp2f(min(max(3 * literalBits - shortMatchBits, 0), 12)))
         short.initialize(repeating: 0, count: 1 &<< Int(Self.shortBits))
         long.initialize(repeating: 0, count: 1 &<< Int(Self.longBits))
         chain.initialize(repeating: 0, count: Self.windowSize)
