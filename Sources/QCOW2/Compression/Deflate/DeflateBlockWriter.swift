@@ -98,9 +98,10 @@ struct DeflateBlockWriter: ~Copyable {
 
     private static var mostStored: Int { 65535 }
 
-    /// How many bits at most the bytes take as they are, each piece with its length.
+    /// How many bits the bytes take as they are, each piece with its length; the first may take up
+    /// to two more, to the start of a byte.
     private static func storedBitCount(_ byteCount: Int) -> Int {
-        byteCount &* 8 &+ max((byteCount &+ mostStored &- 1) / mostStored, 1) &* (7 &+ 32)
+        byteCount &* 8 &+ max((byteCount &+ mostStored &- 1) / mostStored, 1) &* (8 &+ 32)
     }
 
     // Writing one
