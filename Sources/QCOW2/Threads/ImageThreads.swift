@@ -16,11 +16,10 @@ public final class ImageThreads: TaskExecutor {
 
     /// Starts the threads.
     ///
-    /// - Parameter count: how many calls may block at once; at least 1.
+    /// - Parameter count: how many calls may block at once; one at least, whatever it says.
     /// - Throws: what `pthread_create` answers, EAGAIN where there are too many threads.
     public init(count: Int) throws(SystemError) {
-        precondition(count > 0, "work needs a thread")
-        for _ in 0..<count {
+        for _ in 0..<max(count, 1) {
             let queue = queue
             guard Worker.start({ queue.work() }) != nil else {
                 let error = SystemError.last
