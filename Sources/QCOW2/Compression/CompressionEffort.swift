@@ -2,6 +2,6 @@
 public enum CompressionEffort: Sendable, CaseIterable {
     /// As much as it takes for images no longer than QEMU's (deflate; 1 % longer with zstd).
     case usual
-    /// Less time, for images that are up to 1 % longer (deflate; 5 % with zstd).
+    /// Less time, for images that are up to 1 % longer (deflate; about 5 % with zstd).
     case low
 }

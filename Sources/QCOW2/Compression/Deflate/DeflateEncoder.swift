@@ -20,7 +20,7 @@ struct DeflateEncoder: ~Copyable {
                 // More of each gains less than a thousandth.
                 (attempts, furtherAttempts, enough, shortMatchBits) = (24, 12, 40, 7)
             case .low:
-                (attempts, furtherAttempts, enough, shortMatchBits) = (12, 6, 32, 9.5)
+                (attempts, furtherAttempts, enough, shortMatchBits) = (12, 6, 32, 9)
             }
         }
     }
