@@ -39,7 +39,7 @@ struct Convert: Verb {
     @Flag(name: .customShort("c"), help: "Compress the clusters of the new image.")
     var compresses = false
 
-    @Flag(help: "With -c: take less time for a file that is longer, zlib 1 %, zstd about 5 %.")
+    @Flag(help: "With -c: take less time for a longer file: zlib up to 1 %, zstd up to 5 %.")
     var fast = false
 
     @Option(

@@ -141,16 +141,30 @@ struct CompressorTests {
     @Test(
         "Streams of a program are no longer than zlib's, as QEMU makes them; 1 % with low effort",
         arguments: [(CompressionEffort.usual, 1.0), (.low, 1.01)])
-    func ratio(effort: CompressionEffort, most: Double) throws {
+    func deflateLength(effort: CompressionEffort, most: Double) throws {
+        try expect(.deflate, effort, atMost: most) { Streams.deflate($0) }
+    }
+
+    @Test(
+        "Frames of a program are up to 4 % longer than at zstd's level 3; 5 % with low effort",
+        arguments: [(CompressionEffort.usual, 1.04), (.low, 1.05)])
+    func zstdLength(effort: CompressionEffort, most: Double) throws {
+        try expect(.zstd, effort, atMost: most) { Streams.zstd($0) }
+    }
+
+    private func expect(
+        _ method: Decompressor.Method, _ effort: CompressionEffort, atMost most: Double,
+        _ qemu: ([UInt8]) -> [UInt8]
+    ) throws {
         let file = URL(fileURLWithPath: TestEnvironment.program)
         let program = try [UInt8](Data(contentsOf: file).prefix(8 << 20))
-        let compressor = Compressor(.deflate, effort: effort)
+        let compressor = Compressor(method, effort: effort)
         var ours = 0
         var theirs = 0
         for start in stride(from: 0, to: program.count, by: 65536) {
             let cluster = Array(program[start..<min(start + 65536, program.count)])
             ours += compressor.stream(of: cluster)?.count ?? cluster.count
-            theirs += min(Streams.deflate(cluster).count, cluster.count)
+            theirs += min(qemu(cluster).count, cluster.count)
         }
         #expect(Double(ours) <= Double(theirs) * most)
         #expect(theirs < program.count)
