@@ -148,7 +148,7 @@ class Target:
             raise Unsupported("no offline tool")
         self.call(tool(self.img_tool), *args)
 
-    def convert(self, src, src_format, dst, dst_format, compress=None):
+    def convert(self, src, src_format, dst, dst_format, compress=None, fast=False):
         how = ["-c", "-o", "compression_type=" + compress] if compress else []
         self.img("convert", "-m", self.opt.get("m", "8"), "-W", *how,
                  "-f", src_format, "-O", dst_format, src, dst)
@@ -175,7 +175,7 @@ class Rawfile(Target):
     def stop(self):
         pass
 
-    def convert(self, src, src_format, dst, dst_format, compress=None):
+    def convert(self, src, src_format, dst, dst_format, compress=None, fast=False):
         if compress or dst_format != "raw":
             raise Unsupported("only raw")
         self.call("cp", "--sparse=auto", self.raw_of[src], dst)
@@ -291,8 +291,10 @@ class Qcowfs(Target):
         if pids_with(self.point):
             raise Failed("the daemon still runs after umount returned")
 
-    def convert(self, src, src_format, dst, dst_format, compress=None):
+    def convert(self, src, src_format, dst, dst_format, compress=None, fast=False):
         how = ["-c"] if compress else []
+        if fast:
+            how.append("--fast")
         if compress == "zstd":
             how += ["-o", "compression_type=zstd"]
         self.call(self.opt["bin"], "convert", *how, "-f", src_format, "-O", dst_format, src, dst)
