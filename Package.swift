@@ -80,7 +80,7 @@ let package = Package(
         // What tests share, and a folder of tests for each target.
         .target(name: "CTurns", path: "Tests/Turns", cSettings: gnu),
         .target(
-            name: "TestSupport", dependencies: ["QCOW2", "CZlib", "CZstd", "CTurns"],
+            name: "TestSupport", dependencies: ["QCOW2", "CNettle", "CZlib", "CZstd", "CTurns"],
             path: "Tests/Support",
             cSettings: gnu, swiftSettings: settings),
         .testTarget(

@@ -3,6 +3,8 @@
 #include <nettle/cbc.h>
 #include <nettle/ctr.h>
 #include <nettle/nettle-meta.h>
+#include <nettle/pbkdf2.h>
+#include <nettle/sha2.h>
 #include <nettle/xts.h>
 #include <string.h>
 

@@ -15,7 +15,9 @@ struct CrashFinding {
         in state: UnsafeRawBufferPointer, _ layout: CrashLayout
     ) throws(ReferenceReader.Fault) {
         let files = layout.files(of: state)
-        let reader = try ReferenceReader(files.image, dataFile: files.data)
+        let reader = try ReferenceReader(
+            files.image, dataFile: files.data,
+            cipher: layout.isEncrypted ? layout.encryptedDisk.cipher : nil)
         let audit = reader.audit()
         if let fault = audit.faults.first { throw .init(fault) }
         leakCount = audit.leakCount

@@ -54,7 +54,10 @@ extension CrashLayout {
         data: (any BlockDevice) -> any BlockDevice = { $0 }
     ) throws -> Image {
         let image = self.device(of: record)
-        guard hasDataFile else { return try Image.open(device(record), backing: backing()) }
+        guard hasDataFile else {
+            return try Image.open(
+                device(record), backing: backing(), options: OpenOptions(passphrases: passphrases))
+        }
         let room = Self.imageRoom
         let file = RecordedPart(
             record, room..<room + byteCount, length: byteCount, name: "disk.data")

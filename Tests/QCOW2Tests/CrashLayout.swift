@@ -14,6 +14,8 @@ struct CrashLayout: Sendable, CustomTestStringConvertible {
     /// Whether guest data lies in an external data file, and whether that is raw.
     var hasDataFile = false
     var isRaw = false
+    /// Whether guest data is encrypted with LUKS.
+    var isEncrypted = false
     /// Whether L2 entries have 32 subclusters.
     var isExtended = false
     /// Whether each guest cluster is stored.
@@ -35,7 +37,7 @@ struct CrashLayout: Sendable, CustomTestStringConvertible {
         ["v\(version)", "\(1 << clusterBits) B", "\(1 << refcountOrder)-bit counts"]
             .joined(separator: ", ") + (hasSnapshot ? ", snapshot" : "")
             + (hasDataFile ? (isRaw ? ", raw data file" : ", data file") : "")
-            + (isExtended ? ", subclusters" : "")
+            + (isExtended ? ", subclusters" : "") + (isEncrypted ? ", LUKS" : "")
             + (hasBitmaps ? ", bitmaps behind \(headerFill) bytes" : "")
             + (hasBacking ? ", backing" : "") + (hasCompressed ? ", compressed" : "")
             + (commitInterval == nil ? "" : ", timer")
@@ -52,6 +54,7 @@ struct CrashLayout: Sendable, CustomTestStringConvertible {
     /// The image, and what its guest sectors hold, all of it in the snapshot too.
     func build() -> (image: [UInt8], values: [UInt64]) {
         if hasDataFile { return buildWithDataFile() }
+        if isEncrypted { return encryptedDisk.content }
         var image = ImageBuilder(
             byteCount: byteCount, version: version, clusterBits: clusterBits,
             refcountOrder: refcountOrder, isExtended: isExtended)

@@ -109,7 +109,9 @@ struct CrashSimulation {
         try steps.change(.rewrite) {
             var calls = 0
             do {
-                try Image.compact(on: device, stepByteCount: stepByteCount) { _ in
+                try Image.compact(
+                    on: device, passphrases: layout.passphrases, stepByteCount: stepByteCount
+                ) { _ in
                     calls += 1
                     return calls <= limit
                 }

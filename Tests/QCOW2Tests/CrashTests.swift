@@ -14,7 +14,7 @@ private let statesSoFar = Atomic(0)
 struct CrashTests {
     static let layouts =
         CrashLayout.all + CrashLayout.withSubclusters + CrashLayout.withBitmaps
-        + CrashLayout.withDataFile
+        + CrashLayout.withDataFile + CrashLayout.withEncryption
     static let leastStateCount = 100_000
     /// States judged of each layout.
     static let statesPerLayout =
@@ -36,6 +36,9 @@ struct CrashTests {
 
     @Test("No power cut sets image and data file at odds", arguments: CrashLayout.withDataFile)
     func everyStateOfTwoFilesIsFine(_ layout: CrashLayout) throws { try simulate(layout) }
+
+    @Test("Nor does one garble what is encrypted", arguments: CrashLayout.withEncryption)
+    func everyEncryptedStateIsFine(_ layout: CrashLayout) throws { try simulate(layout) }
 
     private func simulate(_ layout: CrashLayout) throws {
         let count = Atomic(0)

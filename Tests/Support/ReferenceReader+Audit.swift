@@ -166,15 +166,21 @@ extension ReferenceReader {
         }
     }
 
-    /// The header of LUKS, with its key slots.
     private func walkKeys(_ audit: inout Audit) {
-        guard let list = try? extensions(),
-            let keys = list.first(where: { $0.type == 0x0537_be77 }), keys.data.count == 16
+        guard let area = try? encryptionArea(),
+            isAligned(area.lowerBound, "the LUKS header", &audit)
         else { return }
+        refer(to: area, "the LUKS header", &audit)
+    }
+
+    /// Where the header of LUKS lies, with its key slots; nil where there is none.
+    package func encryptionArea() throws(Fault) -> Range<Int>? {
+        guard let keys = try extensions().first(where: { $0.type == 0x0537_be77 }),
+            keys.data.count == 16
+        else { return nil }
         let offset = Int(truncatingIfNeeded: keys.data.number(at: 0, as: UInt64.self))
         let byteCount = Int(truncatingIfNeeded: keys.data.number(at: 8, as: UInt64.self))
-        guard isAligned(offset, "the LUKS header", &audit) else { return }
-        refer(to: offset..<offset + byteCount, "the LUKS header", &audit)
+        return offset..<offset + byteCount
     }
 
     /// Whether no counter of the block at `block` from `position` on counts anything.

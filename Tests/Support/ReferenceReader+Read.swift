@@ -20,8 +20,9 @@ extension ReferenceReader {
             case .unallocated:
                 if let backing { try backing(position, part) } else { part.fillZero() }
             case .zeroPlain, .zeroAllocated: part.fillZero()
-            case .normal where isEncrypted: throw Fault("encrypted data is not read here")
-            case .normal(let host): copy(from: host + within, into: part)
+            case .normal(let host):
+                copy(from: host + within, into: part)
+                try decrypt(part, from: host + within)
             case .compressed(let host, let byteCount):
                 try inflate(host, byteCount, from: within, into: part)
             }
@@ -105,6 +106,16 @@ extension ReferenceReader {
             part.copyMemory(from: UnsafeRawBufferPointer(rebasing: data[host..<host + there]))
         }
         UnsafeMutableRawBufferPointer(rebasing: part[there...]).fillZero()
+    }
+
+    private func decrypt(
+        _ part: UnsafeMutableRawBufferPointer, from host: Int
+    ) throws(Fault) {
+        guard isEncrypted else { return }
+        guard let cipher, host % 512 == 0, part.count % 512 == 0 else {
+            throw Fault("encrypted data is read by the sector, and with its key")
+        }
+        cipher.decrypt(part, firstSector: host / 512)
     }
 
     private func inflate(

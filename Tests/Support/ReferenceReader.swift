@@ -48,8 +48,9 @@ package struct ReferenceReader {
     package let version: UInt32
     package let clusterBits: Int
     package let byteCount: Int
-    /// Whether guest data is: this reader sees the metadata alone.
+    /// Whether guest data is: without `cipher` this reader sees the metadata alone.
     package let isEncrypted: Bool
+    package let cipher: ReferenceCipher?
     package let active: L1Table
     package let refcountTableOffset: Int
     package let refcountTableClusters: Int
@@ -77,7 +78,7 @@ package struct ReferenceReader {
 
     package init(
         _ bytes: UnsafeRawBufferPointer, dataFile: UnsafeRawBufferPointer? = nil,
-        owner: AnyObject? = nil
+        owner: AnyObject? = nil, cipher: ReferenceCipher? = nil
     ) throws(Fault) {
         func field<Number: FixedWidthInteger>(_ offset: Int, _: Number.Type) -> Number {
             bytes.number(at: offset, as: Number.self)
@@ -91,6 +92,7 @@ package struct ReferenceReader {
         self.bytes = bytes
         self.dataFile = dataFile
         self.owner = owner
+        self.cipher = cipher
         guard bytes.count >= 72, field(0, UInt32.self) == 0x5146_49fb else {
             throw Fault("no qcow2 magic")
         }

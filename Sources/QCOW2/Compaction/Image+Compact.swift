@@ -67,9 +67,10 @@ extension Image {
     /// Compacts an image in steps of `stepByteCount` bytes or more, for tests of what lies between.
     @discardableResult
     package static func compact(
-        on device: any BlockDevice, stepByteCount: UInt64, progress: @escaping (Double) -> Bool
+        on device: any BlockDevice, passphrases: PassphraseSource = PassphraseSource(),
+        stepByteCount: UInt64, progress: @escaping (Double) -> Bool
     ) throws(ImageError) -> Compaction {
-        var compactor = Compactor(try HostFile(device), PassphraseSource(), progress)
+        var compactor = Compactor(try HostFile(device), passphrases, progress)
         compactor.stepByteCount = stepByteCount
         return try compactor.run()
     }
