@@ -13,9 +13,9 @@ MISTAKES = {
     "a freed cluster is reused before the commit": [
         (
             COMMIT,
-            "        do throws(ImageError) {\n            if !transaction.isPrepared {",
+            "        do throws(ImageError) {\n            try prepare(&transaction)",
             "        if MUTANT { try? reclaim(transaction) }\n"
-            "        do throws(ImageError) {\n            if !transaction.isPrepared {",
+            "        do throws(ImageError) {\n            try prepare(&transaction)",
         ),
         (
             COMMIT,

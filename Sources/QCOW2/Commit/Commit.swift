@@ -31,8 +31,6 @@ package final class Commit: Sendable {
         var isRunning = false
         /// A closed transaction whose commit failed: tried again, never merged into the next.
         var unfinished: Transaction?
-        var failureCount = 0
-        var lastFailure: ImageError?
     }
 
     package init(
@@ -72,16 +70,18 @@ package final class Commit: Sendable {
     package func excluding<Result>(
         _ body: () throws(ImageError) -> Result
     ) throws(ImageError) -> Result {
-        _ = state.waitFor { state -> Bool? in
+        state.waitFor { state -> Void? in
             if state.isRunning { return nil }
             state.isRunning = true
-            return true
+            return ()
         }
-        defer {
-            state.withLock { $0.isRunning = false }
-            state.announceChange()
-        }
+        defer { endRunning() }
         return try body()
+    }
+
+    private func endRunning() {
+        state.withLock { $0.isRunning = false }
+        state.announceChange()
     }
 
     /// Lets writers wait while more is dirty than memory should hold.
@@ -98,35 +98,20 @@ package final class Commit: Sendable {
 
     private var isDirty: Bool { map.isDirty || allocator.isTableDirty || header.isDirty }
 
-    /// Waits until transaction `target` has ended, leading commits where nobody else does.
+    /// Waits until transaction `target` has ended, leading commits where nobody else does: whoever
+    /// waited for one that failed tries again, and learns by itself what is wrong.
     private func wait(for target: UInt64) throws(ImageError) {
-        let failuresSeen = state.withLock { $0.failureCount }
         while true {
-            let leads = try state.waitFor { state throws(ImageError) -> Bool? in
+            let leads = state.waitFor { state -> Bool? in
                 if state.ended >= target { return false }
-                if state.failureCount != failuresSeen, let failure = state.lastFailure {
-                    throw failure
-                }
                 if state.isRunning { return nil }
                 state.isRunning = true
                 return true
             }
             guard leads else { return }
-            try lead()
+            defer { endRunning() }
+            try runOne()
         }
-    }
-
-    private func lead() throws(ImageError) {
-        var failure: ImageError?
-        do throws(ImageError) { try runOne() } catch { failure = error }
-        state.withLock { state in
-            state.isRunning = false
-            guard let failure else { return }
-            state.failureCount += 1
-            state.lastFailure = failure
-        }
-        state.announceChange()
-        if let failure { throw failure }
     }
 
     // MARK: The order
@@ -134,7 +119,7 @@ package final class Commit: Sendable {
     private func runOne() throws(ImageError) {
         var transaction = state.withLock { $0.unfinished } ?? close()
         do throws(ImageError) {
-            if !transaction.isPrepared { try prepare(&transaction) }
+            try prepare(&transaction)
             try publish(transaction)
         } catch {
             state.withLock { $0.unfinished = transaction }
@@ -192,7 +177,6 @@ package final class Commit: Sendable {
         try syncData()
         // Nothing new is shown and no count rose: lower counts and entries may share one sync.
         if transaction.needsFirstSync { try syncFile() }
-        transaction.isPrepared = true
     }
 
     /// Phase 2, from the frozen copies, never from the live tables.

@@ -9,6 +9,4 @@ struct Transaction: Sendable {
     let header: [UInt8]?
     /// Whether phase 1 has something that must be durable before phase 2.
     var needsFirstSync: Bool
-    /// Whether phase 1, with its sync, is done.
-    var isPrepared = false
 }
