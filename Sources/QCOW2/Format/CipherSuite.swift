@@ -169,7 +169,6 @@ public struct CipherSuite: Sendable, Hashable {
             separator: ":", maxSplits: 1, omittingEmptySubsequences: false)
         ivGenerator = try Self.known(
             IVGenerator.self, generator.first.map(String.init) ?? "", "IV generator")
-        ivHash = nil
         if generator.count > 1 {
             ivHash = try Self.known(HashAlgorithm.self, String(generator[1]), "IV generator's hash")
         }

@@ -1,7 +1,7 @@
 extension Header {
     /// What is left of a header that breaks the format's rules: each part as far as it can be read,
     /// sizes cut down to their limits.  Nil where not even the cluster size makes sense.
-    static func lenient(_ bytes: UnsafeRawBufferPointer) -> Header? {
+    package static func lenient(_ bytes: UnsafeRawBufferPointer) -> Header? {
         guard bytes.bigEndian(at: 0, as: UInt32.self) == magic, bytes.count >= Int(byteCountV2)
         else { return nil }
         var header = Header(fixedPart: bytes)
@@ -9,13 +9,10 @@ extension Header {
             Limits.clusterBits.contains(header.clusterBits)
         else { return nil }
         if header.version == 3 {
-            header.byteCount = min(writtenByteCountV3, UInt32(header.clusterByteCount))
+            header.byteCount = writtenByteCountV3
             header.keepingWhatParses { header throws(FormatError) in
                 try header.parseVersion3Fields(bytes)
             }
-        }
-        header.keepingWhatParses { header throws(FormatError) in
-            try header.parseBackingName(bytes)
         }
         header.keepingWhatParses { header throws(FormatError) in
             try header.parseExtensions(bytes)
