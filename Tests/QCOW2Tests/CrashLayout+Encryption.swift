@@ -2,8 +2,8 @@ import QCOW2
 import Synchronization
 import TestSupport
 
-/// Images whose guest data is encrypted: a cluster that moves gets other bytes, because the place in
-/// the file is a part of them.
+/// Images whose guest data is encrypted: a cluster that moves gets other bytes, because its place
+/// in the file is a part of them.
 extension CrashLayout {
     static let withEncryption: [CrashLayout] = [
         CrashLayout(clusterBits: 12, guestClusters: 64, isEncrypted: true, commitInterval: 2),

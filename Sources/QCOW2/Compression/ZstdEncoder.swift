@@ -2,9 +2,9 @@ internal import CZstd
 
 /// Makes zstd frames, one a cluster.
 ///
-/// Level 2 of the library, one below QEMU's, searches in one hash table.  For clusters of 64 KiB ours
-/// is half as large as the library's, with low effort a quarter: it stays in the processor's cache,
-/// which takes less time for next to the same length.
+/// Level 2 of the library, one below QEMU's, searches in one hash table.  For clusters of 64 KiB
+/// ours is half as large as the library's, with low effort a quarter: it stays in the processor's
+/// cache, which takes less time for next to the same length.
 enum ZstdEncoder {
     /// The address of a new context, or nil where there is no memory.
     static func make() -> UnsafeMutableRawPointer? {
