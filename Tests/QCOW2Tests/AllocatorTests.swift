@@ -372,6 +372,17 @@ struct AllocatorTests {
         #expect(try counts(69..<71) == [1, 0])
     }
 
+    @Test("A stream beside another raises a count that its entry must wait for")
+    func streamsRaiseCounts() throws {
+        _ = try allocator.allocate(1)
+        _ = allocator.freeze()
+        _ = allocator.takeUnsyncedIncrements()
+        for _ in 0..<2 {
+            _ = try allocator.allocateStream(100)
+            #expect(allocator.takeUnsyncedIncrements())
+        }
+    }
+
     @Test("A cluster whose count is full takes no stream more", arguments: [0, 1])
     func fullStreams(order: Int) throws {
         let parts = try AllocatorTests(

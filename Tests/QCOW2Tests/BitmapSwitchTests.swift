@@ -186,11 +186,11 @@ struct BitmapSwitchTests {
 
     @Test("The place of each extension and of the name is known, end marker or not")
     func area() throws {
-        func area(_ around: Surroundings) throws -> ExtensionArea {
+        func area(_ around: Surroundings, fileEnd: Int = 4096) throws -> ExtensionArea {
             let bytes = around.image()
             let header = try header(bytes)
             return bytes.withUnsafeBytes {
-                ExtensionArea(UnsafeRawBufferPointer(rebasing: $0[..<4096]), header)
+                ExtensionArea(UnsafeRawBufferPointer(rebasing: $0[..<fileEnd]), header)
             }
         }
         let none = try area(Surroundings())
@@ -203,5 +203,9 @@ struct BitmapSwitchTests {
         #expect(one.backingName == 144..<147 && one.record(of: 1) == nil)
         let full = try area(Surroundings(fill: 16, nameLength: 3, endsWithName: true))
         #expect(full.end == 136 && !full.hasEndMarker && full.backingName == 136..<139)
+        let bare = try area(Surroundings(nameLength: 3, endsWithName: true))
+        #expect(bare.end == 112 && !bare.hasEndMarker && bare.backingName == 112..<115)
+        // Behind a file's end are zeros.
+        #expect(try area(Surroundings(fill: 13), fileEnd: 136).hasEndMarker)
     }
 }

@@ -1,4 +1,6 @@
+import Glibc
 import QCOW2
+import Synchronization
 import TestSupport
 import Testing
 
@@ -133,6 +135,42 @@ struct ClusterMapTests {
         try expect(7 * cluster, Extent(.unallocated, byteCount: 249 * cluster))
     }
 
+    @Test("A slice that two threads ask for is read once")
+    func sharedLoad() throws {
+        var builder = ImageBuilder(byteCount: 256.KiB, clusterBits: 9)
+        let table = UInt64(builder.entryOffset(0))
+        let bytes = builder.build()
+        let header = try bytes.withUnsafeBytes { try Header.parse($0) }
+        let device = SlowTableDevice(RecordingDevice(bytes, yielding: false), table: table)
+        let map = try ClusterMap(header, in: HostFile(device), cacheByteCount: 1 << 20)
+        try onThreads(2) { _ in _ = try map.extent(at: 0, limit: 512) }
+        #expect(device.readCount == 1)
+    }
+
+    @Test("In a data file each cluster has its place, and none is compressed")
+    func subclustersOfADataFile() throws {
+        let cluster: UInt64 = 16384
+        var builder = ImageBuilder(byteCount: 1.MiB, clusterBits: 14, isExtended: true)
+        builder.incompatibleFeatures |= 4
+        for (guest, entry) in [
+            (2, 2 * cluster | 1 << 63), (3, 3 * cluster | 1 << 63), (5, 6 * cluster | 1 << 63),
+            (7, 7 * cluster | 1 << 62),
+        ] as [(Int, UInt64)] {
+            builder.setEntry(entry, guestCluster: guest)
+            builder.setBitmap(0xffff_ffff, guestCluster: guest)
+        }
+        let map = try map(builder)
+        for into in [0, 512, 700] as [UInt64] {
+            let data = try map.extent(at: 2 * cluster + into, limit: 1 << 20)
+            let place = 2 * cluster + into
+            #expect(
+                data == Extent(.data, isCopied: true, host: place, byteCount: 2 * cluster - into))
+            #expect(try map.extent(at: 5 * cluster + into, limit: 1 << 20).kind == .corrupt)
+            #expect(try map.extent(at: 7 * cluster + into, limit: 1 << 20).kind == .corrupt)
+            #expect(try map.extent(at: 8 * cluster + into, limit: 1 << 20).kind == .unallocated)
+        }
+    }
+
     @Test("A map knows how many tables and slices there are, and where its own table lies")
     func shape() throws {
         var builder = ImageBuilder(byteCount: 64.MiB, clusterBits: 16, extraL1Entries: 9000)
@@ -147,5 +185,26 @@ struct ClusterMapTests {
         #expect(
             map.l1Entries().map(\.bits) == [map.l1Entry(0).bits] + Array(repeating: 0, count: 9000))
         #expect(!map.isDirty && !map.isOverfull && !map.isHalfFull)
+    }
+}
+
+/// A device that takes its time to read one table.
+private final class SlowTableDevice: ForwardingDevice {
+    let base: any BlockDevice
+    private let table: UInt64
+    private let reads = Atomic(0)
+
+    init(_ base: any BlockDevice, table: UInt64) { (self.base, self.table) = (base, table) }
+
+    var readCount: Int { reads.load(ordering: .relaxed) }
+
+    func read(
+        into buffer: UnsafeMutableRawBufferPointer, at offset: UInt64
+    ) throws(SystemError) -> Int {
+        if offset == table {
+            reads.add(1, ordering: .relaxed)
+            usleep(100_000)
+        }
+        return try base.read(into: buffer, at: offset)
     }
 }

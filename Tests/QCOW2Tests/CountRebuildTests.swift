@@ -88,12 +88,25 @@ struct CountRebuildTests {
         #expect(twice.parts.allocator.freeze().tableClusterCount == 2)
     }
 
+    @Test("A table that finds no place, or would be too long, is not moved")
+    func noPlace() throws {
+        #expect {
+            try rebuild([UInt64(8.MiB / 8 * 64): 1])
+        } throws: { "\($0)".contains("the refcount table cannot grow any more") }
+        parts.guarded.add(parts.run(5002, 1))
+        #expect {
+            try rebuild([5000: 1])
+        } throws: { "\($0)".contains("metadata lies at") }
+        #expect(!parts.allocator.isTableDirty)
+    }
+
     @Test("The table becomes as long as it must be")
     func longerTable() throws {
         try rebuild([5000: 1])
         #expect(try [4999, 5000, 5001, 5002, 5003, 5004].map(count) == [0, 1, 1, 1, 1, 0])
         let frozen = parts.allocator.freeze()
         #expect(frozen.tableOffset == 5001 * 512 && frozen.tableClusterCount == 2)
+        #expect(frozen.movedTable?.count == 2 * 512)
         #expect(frozen.dropped == [parts.run(2, 1)] && table(frozen) == [0: 3, 78: 5003])
         #expect(
             [2, 5000, 5001, 5002, 5003].map(parts.guarded.isMetadata)

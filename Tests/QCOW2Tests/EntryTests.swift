@@ -223,6 +223,7 @@ struct EntryTests {
         #expect(zeroing(extended(own, 3, 0), 3, keeps: true) == extended(own, 0, 3))
         #expect(zeroing(extended(own, 0, 1), 2) == extended(own, 0, 3))
         #expect(zeroing(extended(0, 0, 1), 2) == extended(0, 0, 1))
+        #expect(zeroing(extended(0, 0, 2), 1) == extended(0, 0, 2))
         #expect(zeroing(extended(0, 0, 1), 2, hides: true) == extended(0, 0, 3))
     }
 

@@ -60,4 +60,19 @@ struct GuardedMetadataTests {
         try? image.close()
         #expect(!device.bytes.dropFirst(target).prefix(4096).contains(0xEE))
     }
+
+    @Test("A table that comes later is guarded too, wherever it lies", arguments: 10..<20)
+    func laterTables(bits: UInt64) throws {
+        let map = try MapChangeTests.map(ImageBuilder(byteCount: 256.KiB, clusterBits: 9))
+        let guarded = try MetadataGuard(map: map, tableCount: 8)
+        let cluster = UInt64(1) << bits
+        func isGuarded(_ cluster: UInt64) -> Bool { guarded.overlaps(cluster * 512 + 511, 1) }
+        #expect(!isGuarded(cluster))
+        map.replaceTable(3, by: cluster * 512, clearingCopied: false)
+        guarded.addTable(cluster)
+        guarded.addRefcountBlock(cluster + 2)
+        guarded.add(ClusterRun(first: cluster + 4, count: 2))
+        let found = (0..<8 as Range<UInt64>).map { isGuarded(cluster + $0) }
+        #expect(found == [true, false, true, false, true, true, false, false])
+    }
 }

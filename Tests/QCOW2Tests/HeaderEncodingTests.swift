@@ -60,6 +60,25 @@ struct HeaderEncodingTests {
         #expect(try parse(bytes).encoded() == longer + [UInt8](repeating: 0, count: 16))
     }
 
+    @Test("A new image names each feature in a record of 48 bytes")
+    func featureNames() throws {
+        let device = RecordingDevice([], yielding: false)
+        try Image.create(on: device, size: 1 << 20, options: CreateOptions())
+        let names = try device.bytes.withUnsafeBytes { try ReferenceReader($0).extensions() }
+            .first { $0.type == 0x6803_f857 }
+        let features: [(UInt8, UInt8, String)] = [
+            (0, 0, "dirty bit"), (0, 1, "corrupt bit"), (0, 2, "external data file"),
+            (0, 3, "compression type"), (0, 4, "extended L2 entries"), (1, 0, "lazy refcounts"),
+            (2, 0, "bitmaps"), (2, 1, "raw external data"),
+        ]
+        var records: [UInt8] = []
+        for (kind, bit, name) in features {
+            records += [kind, bit] + Array(name.utf8)
+            records += [UInt8](repeating: 0, count: 46 - name.utf8.count)
+        }
+        #expect(names?.data == records)
+    }
+
     @Test("It must fit in the first cluster")
     func room() throws {
         var header = try parse(ImageBuilder(byteCount: 64.KiB, clusterBits: 9).build())

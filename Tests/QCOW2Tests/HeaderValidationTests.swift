@@ -147,6 +147,10 @@ struct HeaderValidationTests {
         // Row 14: snapshots.
         Case("65537 snapshots", .malformed) { $0.put(UInt32(65537), at: 60) },
         Case("0x7FFFFFFF snapshots", .malformed) { $0.put(UInt32.max >> 1, at: 60) },
+        Case("a snapshot table a byte behind a cluster's start", .malformed) {
+            $0.put(UInt32(1), at: 60)
+            $0.put(UInt64(65536 + 1), at: 64)
+        },
         Case("an unaligned snapshot table", .malformed) {
             $0.put(UInt32(1), at: 60)
             $0.put(UInt64(65536 + 8), at: 64)
@@ -156,6 +160,9 @@ struct HeaderValidationTests {
         Case("an L1 table over 32 MiB", .malformed) { $0.put(UInt32(4 << 20) + 1, at: 36) },
         Case("an L1 table too small for the size", .malformed) { $0.put(UInt32(0), at: 36) },
         Case("an unaligned L1 table", .malformed) { $0.put(UInt64(65536 + 8), at: 40) },
+        Case("an L1 table a byte behind a cluster's start", .malformed) {
+            $0.put($0.number(at: 40, as: UInt64.self) + 1, at: 40)
+        },
         Case("an L1 table at 2^63", .malformed) { $0.put(UInt64(1) << 63, at: 40) },
         Case(
             "more L1 entries than needed", .opens,
@@ -169,6 +176,15 @@ struct HeaderValidationTests {
             "an unknown extension", .opens,
             image: {
                 with { $0.extensions = [(0x1234_5678, [1, 2, 3])] }
+            }),
+        Case(
+            "an extension up to the first cluster's end", .opens,
+            image: {
+                // The L1 table follows, which is no extension.
+                var image = HeaderValidationTests.image(clusterBits: 9).build()
+                image.put(UInt32(0x1234_5678), at: 112)
+                image.put(UInt32(512 - 120), at: 116)
+                return image
             }),
         Case("an extension that leaves the area", .malformed) {
             $0.put(UInt32(0x1234_5678), at: extensionArea)

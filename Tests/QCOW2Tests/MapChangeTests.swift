@@ -303,6 +303,27 @@ struct MapChangeTests {
         #expect(try map.update(63 * 64, count: 1) { _, _ in .zeroPlain } == 1)
     }
 
+    @Test("An entry whose slice finds no room in memory is the file's")
+    func storedEntry() throws {
+        // A table of 1024 entries in four slices of 4 KiB.
+        var builder = ImageBuilder(byteCount: 16.MiB * 8, clusterBits: 14, isExtended: true)
+        let last = 31 * 256 + 5
+        let host = UInt64(builder.fill(1, guestCluster: last))
+        builder.setBitmap(0xf0f0 << 32 | 0x0f0f, guestCluster: last)
+        for table in 0..<7 { builder.fill(1, guestCluster: table * 1024) }
+        let map = try Self.map(builder, cacheByteCount: 0)
+        var done = 0
+        for slice in 0..<31 as Range<UInt64> {
+            done += try map.update(slice * 256 + 1, count: 1) { _, _ in .zeroPlain }
+        }
+        #expect(done == 16)
+        #expect(try map.update(UInt64(last), count: 1) { _, _ in .zeroPlain } == 0)
+        let entry = try map.entry(of: UInt64(last))
+        #expect(entry.bits == host | 1 << 63)
+        #expect(entry.subclusters.bits == 0xf0f0 << 32 | 0x0f0f)
+        #expect(try map.entry(of: UInt64(last) + 1) == .unallocated)
+    }
+
     @Test("Of a large cache, two thousand slices at most")
     func largeCache() throws {
         let tables = 16400

@@ -20,7 +20,8 @@ SWAPS = [
     (" & ", " | "), (" | ", " & "), ("min(", "max("), ("max(", "min("),
     ("true", "false"), ("false", "true"), (".isEmpty", ".isEmpty == false"),
 ]
-LITERAL = re.compile(r"(?<![\w.$#])(\d+)(?![\w.])")
+# Memory may be aligned to more than it must be.
+LITERAL = re.compile(r"(?<!alignment: )(?<![\w.$#])(\d+)(?![\w.])")
 NEGATION = re.compile(r"(?<![\w!=])!(?=[a-z])")
 
 # Lines that are no statement of their own, or whose change says nothing.

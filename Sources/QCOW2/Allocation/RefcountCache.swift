@@ -3,7 +3,7 @@
 /// A page is 4 KiB of a block, or the whole of a smaller one.  A dirty page may be written at any
 /// time: a count in memory is never below the references on disk, because it falls only after the
 /// reference is durably gone.  Used under the lock of the allocator.
-struct RefcountCache: ~Copyable {
+package struct RefcountCache: ~Copyable {
     private let file: HostFile
     let pageByteCount: Int
     private let capacity: Int
@@ -20,7 +20,7 @@ struct RefcountCache: ~Copyable {
         var wasUsed = true
     }
 
-    init(file: HostFile, pageByteCount: Int, byteCount: Int) {
+    package init(file: HostFile, pageByteCount: Int, byteCount: Int) {
         self.file = file
         self.pageByteCount = pageByteCount
         capacity = max(byteCount / pageByteCount, 8)
@@ -30,7 +30,7 @@ struct RefcountCache: ~Copyable {
     deinit { memory.deallocate() }
 
     /// The bytes of `page`, which lies at `offset`; valid until the next call.
-    mutating func bytes(
+    package mutating func bytes(
         of page: UInt64, at offset: UInt64
     ) throws(ImageError) -> UnsafeMutableRawBufferPointer {
         if let slot = slotOfPage[page] {
@@ -44,12 +44,12 @@ struct RefcountCache: ~Copyable {
     }
 
     /// `page` is in memory and was changed.
-    mutating func markDirty(_ page: UInt64) {
+    package mutating func markDirty(_ page: UInt64) {
         if let slot = slotOfPage[page] { slots[slot].isDirty = true }
     }
 
     /// Drops what is in memory of `pages`, whose block is none any more.
-    mutating func forget(_ pages: Range<UInt64>) {
+    package mutating func forget(_ pages: Range<UInt64>) {
         for (page, slot) in slotOfPage where pages.contains(page) {
             slotOfPage[page] = nil
             slots[slot].page = .max
@@ -57,11 +57,11 @@ struct RefcountCache: ~Copyable {
         }
     }
 
-    var hasDirtyPages: Bool { slots.contains { $0.isDirty } }
+    package var hasDirtyPages: Bool { slots.contains { $0.isDirty } }
 
     /// Writes the dirty page with the lowest number from `page` on, and returns its number; nil
     /// when none is dirty.  An error leaves it dirty.
-    mutating func writeDirtyPage(from page: UInt64) throws(ImageError) -> UInt64? {
+    package mutating func writeDirtyPage(from page: UInt64) throws(ImageError) -> UInt64? {
         var best: Int?
         for slot in slots.indices where slots[slot].isDirty && slots[slot].page >= page {
             if let found = best, slots[found].page < slots[slot].page { continue }

@@ -87,7 +87,7 @@ extension ClusterMap {
 
     /// The entry of a guest cluster (an index), whose range lock the caller holds; nothing where
     /// there is no table.
-    func entry(of cluster: UInt64) throws(ImageError) -> L2Entry {
+    package func entry(of cluster: UInt64) throws(ImageError) -> L2Entry {
         let l1Index = Int(truncatingIfNeeded: cluster &>> tableBits)
         while true {
             guard l1Index < l1EntryCount, case let table = l1Entry(l1Index), table.offset != 0
