@@ -72,6 +72,44 @@ struct RebaseVerbTests {
         #expect(try !QemuImg.dataRanges(top).contains { $0.contains(9.MiB) })
     }
 
+    @Test(
+        "the disk is the same for every kind of image, whatever lies where",
+        arguments: [
+            "cluster_size=512", "compat=0.10,cluster_size=4k", "extended_l2=on,cluster_size=16k",
+            "extended_l2=on", "data_file=top.data", "data_file=top.data,extended_l2=on",
+            "compression_type=zstd",
+        ], 0..<3 as Range<UInt64>)
+    func anything(kind: String, round: UInt64) throws {
+        var random = RepeatableRandom(seed: TestEnvironment.seed &+ round)
+        func fill(_ image: String, options: [String] = [], backing: String? = nil) throws {
+            let size = 256.KiB + random.number(below: 512) * 512
+            try QemuImg.create(
+                image, size: backing == nil ? size : 400.KiB, options: options, backing: backing)
+            try QemuImg.io(
+                image,
+                (0..<12).map { _ in
+                    let verb = ["write -q -P 1", "write -q -P 2", "write -q -z", "discard -q"]
+                    let place = random.number(below: 500)
+                    let length = 1 + random.number(below: random.chance(oneIn: 3) ? 200 : 20)
+                    let count = min(length, (backing == nil ? size : 400.KiB) / 512 - place)
+                    return "\(verb[random.number(below: 4)]) \(place * 512) \(count * 512)"
+                })
+        }
+        for name in ["a.qcow2", "b.qcow2"] {
+            try fill(folder.file(name), options: ["cluster_size=\(512 << random.number(below: 8))"])
+        }
+        let options = kind.split(separator: ",").map {
+            String($0).replacing("top.data", with: folder.file("top.data"))
+        }
+        try fill(top, options: options, backing: "a.qcow2")
+        try QemuImg.convert(top, to: before, from: "qcow2", format: "raw")
+        for backing in ["b.qcow2", "a.qcow2", ""] {
+            let result = try qcowfs("rebase", "-b", backing, top)
+            #expect(result.status == 0, "seed \(TestEnvironment.seed): \(result)")
+            try expectSameDisk(backing: backing.isEmpty ? nil : backing)
+        }
+    }
+
     @Test("-u changes the header alone, and needs no file, but a format")
     func unsafe() throws {
         try makeTop()

@@ -23,16 +23,19 @@ final class DiskWalk: Sendable {
     private let sources: [SourceDisk]
     private let end: UInt64
     private let pieceByteCount: UInt64
+    private let unitByteCount: UInt64
     private let state: Monitor<State>
 
     /// A walk up to `end`, or over the bytes that at least one of `sources` has, in pieces that
-    /// cross no multiple of `pieceByteCount`, a power of two.
+    /// cross no multiple of `pieceByteCount` and begin with one of `unitByteCount`, powers of two:
+    /// a unit that is a hole in part is data.
     init(
         over sources: [SourceDisk], end: UInt64? = nil,
-        pieceByteCount: UInt64 = DiskWalk.pieceByteCount
+        pieceByteCount: UInt64 = DiskWalk.pieceByteCount, unitByteCount: UInt64 = 1
     ) {
         self.sources = sources
         self.pieceByteCount = pieceByteCount
+        self.unitByteCount = unitByteCount
         state = Monitor(State(known: sources.map { _ in KnownRun() }))
         self.end = end ?? sources.map(\.size).max() ?? 0
     }
@@ -91,13 +94,16 @@ final class DiskWalk: Sendable {
                 isHole = run.isHole
                 count = min(count, run.byteCount)
             }
-            count = min(count, end &- start)
-            if !isHole {
+            let runEnd = start &+ min(count, end &- start)
+            var pieceEnd = runEnd == end ? end : runEnd & ~(unitByteCount &- 1)
+            if !isHole || pieceEnd == start {
+                isHole = false
                 let border = (start &+ pieceByteCount) & ~(pieceByteCount &- 1)
-                count = min(count, border &- start)
+                let unitEnd = (runEnd &+ unitByteCount &- 1) & ~(unitByteCount &- 1)
+                pieceEnd = min(unitEnd, border, end)
             }
-            state.offset = start &+ count
-            return Piece(range: start..<start &+ count, isHole: isHole)
+            state.offset = pieceEnd
+            return Piece(range: start..<pieceEnd, isHole: isHole)
         }
     }
 }

@@ -51,9 +51,14 @@ public enum Rebase {
         _ image: Image, over backing: SourceDisk?, threadCount: Int,
         progress: ((Double) -> Bool)?
     ) throws(ImageError) {
-        let half = Int(DiskWalk.pieceByteCount)
+        let cluster = image.clusterByteCount
+        let pieceByteCount = max(DiskWalk.pieceByteCount, cluster)
+        let half = Int(pieceByteCount)
         let sources = [SourceDisk(image)] + (backing.map { [$0] } ?? [])
-        try DiskWalk(over: sources, end: image.size).run(
+        // A cluster is hidden or kept as a whole, wherever the backing files have their holes.
+        try DiskWalk(
+            over: sources, end: image.size, pieceByteCount: pieceByteCount, unitByteCount: cluster
+        ).run(
             threadCount: threadCount, bufferByteCount: 2 * half, progress: progress
         ) { piece, buffer throws(ImageError) in
             guard !piece.isHole else { return }
@@ -116,13 +121,19 @@ extension Image {
         return (extent.kind != .unallocated, extent.byteCount)
     }
 
-    /// Makes an unallocated cluster a zero cluster, whatever lies below; in version 3.
-    func hide(_ cluster: Range<UInt64>) throws(ImageError) {
+    /// Makes an unallocated cluster, or unallocated subclusters of one, read as zeros, whatever
+    /// lies below; in version 3.
+    func hide(_ range: Range<UInt64>) throws(ImageError) {
         let writing = try writer()
         try begin(writing)
         try writing.commit.relieve()
-        let held = ranges.lockExclusive(cluster.lowerBound, 1)
+        let held = ranges.lockExclusive(range.lowerBound, 1)
         defer { ranges.unlock(held) }
-        try change(cluster, writing) { _, old in old == .unallocated ? .zeroPlain : old }
+        let hidden = map.subclusters(of: range, inCluster: range.lowerBound &>> map.clusterBits)
+        try change(range, writing) { _, old in
+            guard map.isExtended else { return old == .unallocated ? .zeroPlain : old }
+            return old.zeroing(
+                hidden, hasCluster: map.hasCluster(old), keepsCluster: true, hidesBacking: true)
+        }
     }
 }
