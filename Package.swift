@@ -54,10 +54,11 @@ let package = Package(
             name: "ImageMount",
             dependencies: ["QCOW2", "CFuse3", .product(name: "Logging", package: "swift-log")],
             cSettings: gnu, swiftSettings: settings),
+        .target(name: "CStart"),
         .executableTarget(
             name: "qcowfs",
             dependencies: [
-                "QCOW2", "ImageMount",
+                "QCOW2", "ImageMount", "CStart",
                 .product(name: "ArgumentParser", package: "swift-argument-parser"),
                 .product(name: "Logging", package: "swift-log"),
             ],

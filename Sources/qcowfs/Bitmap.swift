@@ -78,7 +78,7 @@ struct Bitmap: Verb {
         for format in [format, sourceFormat ?? "qcow2"] where format != "qcow2" {
             throw Failure(image, "images of the format \(format) have no bitmaps, only qcow2 has")
         }
-        try Image.changeBitmap(bitmap, of: image, changes(CommandLine.arguments))
+        try Image.changeBitmap(bitmap, of: image, changes(ProgramStart.arguments))
         return 0
     }
 

@@ -23,7 +23,8 @@ struct Qcowfs: ParsableCommand {
         ])
 
     static func main() {
-        let arguments = MountHelperForm.asVerb(CommandLine.arguments)
+        ProgramStart.prepare()
+        let arguments = MountHelperForm.asVerb(ProgramStart.arguments)
         Glibc.exit(Mount.withoutParser(arguments) ?? status(of: arguments))
     }
 
