@@ -21,6 +21,12 @@ extension Catalogue {
             throw MountError(
                 mountpoint.path, "a file shows no snapshots: mount on a directory for --snapshots")
         }
+        if case .file = options.overlay, sources.count > 1 {
+            throw MountError(
+                "--overlay",
+                "goes over one image, and \(sources.count) are given: --overlay tmp gives each"
+                    + " one of its own")
+        }
         let names = try names(of: sources, options)
         var nodes: [NodeAddress] = []
         for (source, name) in zip(sources, names) {
@@ -33,7 +39,8 @@ extension Catalogue {
             showsSnapshots: options.showsSnapshots, nodes: nodes)
     }
 
-    /// The absolute path of an image that may be opened as it is wanted.
+    /// The absolute path of an image that may be opened as it is wanted.  A link stays one: files
+    /// that the image names are looked for beside it, as QEMU does.
     private static func source(_ image: String, _ options: MountOptions) throws(MountError)
         -> String
     {
@@ -54,7 +61,7 @@ extension Catalogue {
                     + " give --read-only to mount it so")
         }
         do throws(SystemError) {
-            return try Paths.resolved(image)
+            return try Paths.resolvedExceptLast(image)
         } catch {
             throw MountError(image, error)
         }

@@ -29,7 +29,11 @@ extension ImageOpener {
         creation.backingFile = path
         creation.backingFormat = "qcow2"
         var options = openOptions
+        // Beside the image, and beside what it may be a link to.
         options.policy.allowedDirectories.append(Paths.directory(of: path))
+        if let real = try? Paths.resolved(path) {
+            options.policy.allowedDirectories.append(Paths.directory(of: real))
+        }
         do throws(ImageError) {
             if try isEncrypted() {
                 creation.encryption = try encryption(&options.passphrases, isTemporary: isTemporary)

@@ -30,6 +30,20 @@ struct OverlayTests {
         #expect(try file.read(70_000..<70_000 + Self.secret.count) == Self.secret)
     }
 
+    @Test("A file is the overlay of one image, and temporary ones are made for each")
+    func several() throws {
+        let overlay = folder.file("overlay.qcow2")
+        let images = [folder.file("a.qcow2"), folder.file("b.qcow2")]
+        for image in images { try makeImage(image) }
+        let mountpoint = try folder.directory("mnt")
+        expectRefusal(
+            try qcowfs("mount", "--overlay", overlay, images[0], images[1], mountpoint),
+            naming: "--overlay", "one image", "tmp")
+        #expect(!FileManager.default.fileExists(atPath: overlay))
+        let mounted = try TestMount(images, on: mountpoint, options: ["--overlay", "tmp"])
+        #expect(try holds(mounted.open(), 0..<4096, 0xA1))
+    }
+
     @Test("An overlay over an encrypted image is encrypted with its passphrase")
     func encrypted() throws {
         let overlay = folder.file("overlay.qcow2")

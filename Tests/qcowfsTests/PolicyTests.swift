@@ -45,6 +45,25 @@ struct PolicyTests {
         try expectMountRefused(image, in: folder, options: ["--trust-paths"], naming: ["top.qcow2"])
     }
 
+    @Test(
+        "looks for files beside a link to an image, as QEMU does",
+        arguments: [[], ["--overlay", "tmp"]])
+    func links(options: [String]) throws {
+        let folder = try TemporaryDirectory()
+        for (name, byte) in [("a", 1), ("b", 2)] {
+            _ = try folder.directory(name)
+            try makeImage(
+                folder.file("\(name)/base.qcow2"), commands: ["write -q -P \(byte) 0 64k"])
+        }
+        try QemuImg.create(folder.file("b/top.qcow2"), backing: "base.qcow2")
+        let link = folder.file("a/link.qcow2")
+        symlink("../b/top.qcow2", link)
+        try QemuImg.io(link, ["read -q -P 1 0 64k"])
+        let mount = try TestMount(link, in: folder, options: options)
+        #expect(mount.disk.hasSuffix("/link.raw"))
+        #expect(try holds(mount.open(O_RDONLY), 0..<64.KiB, 1))
+    }
+
     @Test("refuses a device and a FIFO as backing files", arguments: ["pipe", "/dev/zero"])
     func specialFiles(name: String) throws {
         let (folder, image) = try overlay(name, format: "raw")
