@@ -12,8 +12,19 @@ extension Mounts {
         guard let client = ControlClient(entry) else {
             return try unmountWithoutDaemon(entry, timeout: timeout)
         }
-        guard let daemon = ProcessWatch(client.process), client.beginWaiting() else {
+        guard let daemon = ProcessWatch(client.process) else {
             return try unmountWithoutDaemon(entry, timeout: timeout)
+        }
+        let patience = timeout.map { Int(min(max($0, 1), 10)) } ?? 10
+        guard client.beginWaiting(seconds: patience) else {
+            // It has ended, or is stopped: then whoever touches the mount would wait with it.
+            if daemon.waitForEnd(milliseconds: 0) {
+                return try unmountWithoutDaemon(entry, timeout: timeout)
+            }
+            throw MountError(
+                entry.mountpoint,
+                "its daemon (pid \(client.process)) does not answer: let it go on (kill -CONT), or"
+                    + " end it (kill -9), then unmount again")
         }
         try takeAway(entry)
         if let other = MountTable.entries().first(where: { $0.device == entry.device }) {

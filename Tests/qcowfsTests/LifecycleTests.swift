@@ -231,6 +231,20 @@ struct LifecycleTests {
         try mount.unmount()
     }
 
+    @Test("umount does not wait for a daemon that is stopped")
+    func stopped() throws {
+        let folder = try TemporaryDirectory()
+        let mount = try TestMount(try image(folder), in: folder)
+        let daemon = try mount.daemon()
+        kill(daemon, SIGSTOP)
+        defer { kill(daemon, SIGCONT) }
+        expectRefusal(
+            try qcowfs("umount", "--timeout", "1", mount.mountpoint, timeout: 20),
+            naming: "does not answer", "\(daemon)", "kill")
+        kill(daemon, SIGCONT)
+        try mount.unmount()
+    }
+
     @Test("umount refuses what is not mounted")
     func notMounted() throws {
         let folder = try TemporaryDirectory()

@@ -55,8 +55,9 @@ struct ControlClient: ~Copyable {
         return String(decoding: bytes, as: UTF8.self)
     }
 
-    /// Asks to be told of the end; false where the daemon does not answer.
-    borrowing func beginWaiting() -> Bool {
+    /// Asks to be told of the end; false where the daemon does not answer in `seconds`.
+    borrowing func beginWaiting(seconds: Int) -> Bool {
+        ControlSocket.limit(connection, seconds: seconds)
         ControlSocket.send("wait\n", to: connection)
         return nextLine() == "waiting"
     }
