@@ -42,6 +42,9 @@ final class AllocationCounter: Sendable {
         isDone.store(true, ordering: .releasing)
     }
 
+    /// The first guest cluster that was not counted yet.
+    var nextCluster: UInt64 { reached.load(ordering: .relaxed) }
+
     var currentRound: UInt64 { round.load(ordering: .acquiring) }
 
     /// Forgets what was counted; every range lock is held.
@@ -85,42 +88,53 @@ extension Image {
         return min(estimate, size &- min(size, clusterByteCount))
     }
 
-    /// Counts the allocated bytes in the background; `close()` ends it.
+    /// Counts the allocated bytes: those of a small image at once, which takes two milliseconds at
+    /// most, of a larger one in the background; `close()` ends it.
     public func startCountingAllocation() {
         allocation.isWanted.store(true, ordering: .relaxed)
+        do throws(ImageError) {
+            if try countAllocation(until: .now + .milliseconds(2)) { return }
+        } catch {
+            return logCountingFailure(error)
+        }
         startWorker { image in
             // Readers of the first moments come first.
             if image.waitForClosing(seconds: 0.2) { return }
-            do throws(ImageError) {
-                try image.countAllocation()
-            } catch {
-                image.logger.warning("allocated bytes could not be counted: \(error)")
-            }
+            image.countAllocationAgain()
         }
     }
 
-    private func countAllocation() throws(ImageError) {
-        var cluster: UInt64 = 0
+    private func logCountingFailure(_ error: ImageError) {
+        logger.warning("allocated bytes could not be counted: \(error)")
+    }
+
+    /// Goes on counting; false where `deadline` comes first.
+    @discardableResult
+    private func countAllocation(
+        until deadline: ContinuousClock.Instant? = nil
+    ) throws(ImageError) -> Bool {
+        var cluster = allocation.nextCluster
         let round = allocation.currentRound
         let end = (size &+ map.clusterMask) &>> map.clusterBits
         while !isClosing {
+            if let deadline, deadline < .now { return false }
             // Nobody moves the L1 table meanwhile.
             let held = ranges.lockShared(cluster &<< map.clusterBits, 1)
             defer { ranges.unlock(held) }
-            guard allocation.currentRound == round else { return }
-            if cluster >= end { return allocation.finish() }
+            guard allocation.currentRound == round else { return true }
+            if cluster >= end {
+                allocation.finish()
+                return true
+            }
             cluster = try countSlice(from: cluster, end)
         }
+        return true
     }
 
-    /// Counts once more, where that was done before the whole disk changed.
+    /// Counts on, or once more where that was done before the whole disk changed.
     func countAllocationAgain() {
         guard allocation.isWanted.load(ordering: .relaxed) else { return }
-        do throws(ImageError) {
-            try countAllocation()
-        } catch {
-            logger.warning("allocated bytes could not be counted: \(error)")
-        }
+        do throws(ImageError) { try countAllocation() } catch { logCountingFailure(error) }
     }
 
     /// Counts up to the end of a slice, or of a run without tables; returns where it stopped.

@@ -245,7 +245,8 @@ struct ExposedFileTests {
             #expect(Int(status.st_size) == Self.size)
             #expect(status.st_uid == geteuid() && status.st_mode & 0o777 == 0o600)
             #expect(status.st_mtim.tv_sec == image.st_mtim.tv_sec)
-            #expect(eventually { (try? file.status().st_blocks) == 192.KiB / 512 })
+            // At once, where there are few tables.
+            #expect(status.st_blocks == 192.KiB / 512)
             try file.write([UInt8](repeating: 1, count: 64.KiB), at: 6.MiB)
             #expect(eventually { (try? file.status().st_blocks) == 256.KiB / 512 })
             try file.punch(6.MiB..<6.MiB + 64.KiB)
