@@ -13,6 +13,7 @@ extension Image {
         preallocation: CreateOptions.Preallocation = .off
     ) throws(ImageError) {
         let writing = try writer()
+        if byteCount == size { return }
         try checkSize(byteCount)
         try begin(writing)
         try checkBitmaps(forSize: byteCount, writing)

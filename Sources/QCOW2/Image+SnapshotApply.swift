@@ -9,6 +9,8 @@ extension Image {
     /// - Throws: `.invalidArgument` where there is no such snapshot or refcounts are too narrow,
     ///   `.malformed` or `.corrupt` where its tables make no sense; `.system`.
     public func applySnapshot(_ word: String) throws(ImageError) {
+        // Before anything is written.
+        guard try snapshots().find(word) != nil else { throw noSnapshot(word) }
         try changeSnapshots { writing throws(ImageError) in
             guard let snapshot = try snapshots().find(word) else { throw noSnapshot(word) }
             let byteCount = try diskByteCount(of: snapshot)

@@ -4,6 +4,8 @@ extension Image {
     /// - Throws: `.invalidArgument` where there is no such snapshot, `.snapshotInUse`;
     ///   `.malformed` where its L1 table cannot be; `.system`.
     public func deleteSnapshot(_ word: String) throws(ImageError) {
+        // Before anything is written.
+        guard try snapshots().findForDeletion(word) != nil else { throw noSnapshot(word) }
         try changeSnapshots { writing throws(ImageError) in
             let snapshot = try claimForDeletion(word)
             defer { release(snapshot) }

@@ -109,6 +109,23 @@ struct ImageVerbTests {
         #expect(corruption.errors.contains("leak"))
     }
 
+    @Test(
+        "What has nothing to do leaves an image with bitmaps bit for bit as it is",
+        arguments: [
+            ["snapshot", "-d", "none", "IMAGE"], ["snapshot", "-a", "none", "IMAGE"],
+            ["resize", "IMAGE", "8M"], ["bitmap", "--enable", "IMAGE", "on"],
+            ["bitmap", "--disable", "IMAGE", "off"],
+        ])
+    func nothingToDo(words: [String]) throws {
+        let image = folder.file("bitmaps.qcow2")
+        try makeImage(image)
+        try Command.require("qemu-img", "bitmap", "--add", image, "on")
+        try Command.require("qemu-img", "bitmap", "--add", "--disable", image, "off")
+        let sum = try Command.require("sha256sum", image)
+        _ = try Command.run([TestEnvironment.program] + words.map { $0 == "IMAGE" ? image : $0 })
+        #expect(try Command.require("sha256sum", image) == sum)
+    }
+
     @Test("Trap 71: check and info change nothing, not even on what they cannot read")
     func untouched() throws {
         try makeImage(image)

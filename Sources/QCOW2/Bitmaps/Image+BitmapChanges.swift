@@ -46,6 +46,7 @@ extension Image {
         var plan = BitmapPlan(image: self, name: name)
         // Everything is tried before the image is touched.
         try plan.run(changes)
+        guard plan.changesSomething else { return }
         try begin(writing)
         writing.bitmaps.take(plan.bitmaps, removed: plan.removed)
     }
@@ -62,6 +63,8 @@ private struct BitmapPlan {
     private(set) var bitmaps: [LiveBitmap] = []
     /// Stored ones that are no more.
     private(set) var removed: [LiveBitmap] = []
+    /// Whether the image is another one afterwards.
+    private(set) var changesSomething = false
 
     init(image: Image, name: [UInt8]) {
         self.image = image
@@ -81,6 +84,8 @@ private struct BitmapPlan {
 
     private mutating func run(_ change: BitmapChange) throws(ImageError) {
         switch change {
+        case .enable: return try setAuto(true)
+        case .disable: return try setAuto(false)
         case .add(let granularity): try add(granularity)
         case .remove:
             let index = try index()
@@ -92,10 +97,16 @@ private struct BitmapPlan {
             let index = try validIndex()
             bitmaps[index].keptByteCount = 0
             bitmaps[index].marks = []
-        case .enable: bitmaps[try validIndex()].entry.flags |= BitmapEntry.auto
-        case .disable: bitmaps[try validIndex()].entry.flags &= ~BitmapEntry.auto
         case .merge(let source, let path): try merge(source, path)
         }
+        changesSomething = true
+    }
+
+    private mutating func setAuto(_ isAuto: Bool) throws(ImageError) {
+        let index = try validIndex()
+        guard bitmaps[index].entry.isAuto != isAuto else { return }
+        bitmaps[index].entry.flags ^= BitmapEntry.auto
+        changesSomething = true
     }
 
     private func index() throws(ImageError) -> Int {
