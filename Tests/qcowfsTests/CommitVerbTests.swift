@@ -51,6 +51,21 @@ struct CommitVerbTests {
         if format == "qcow2" { #expect(try QemuImg.check(base).status == 0) }
     }
 
+    @Test(
+        "a backing file with an external data file takes it in too",
+        arguments: [[], ["data_file_raw=on"]])
+    func dataFileBelow(options: [String]) throws {
+        let data = folder.file("base.data")
+        try makeImage(
+            base, options: ["data_file=\(data)"] + options, commands: ["write -q -P 1 0 4M"])
+        try makeTop(format: "qcow2", size: 12.MiB)
+        #expect(try qcowfs("commit", top).status == 0)
+        #expect(try QemuImg.difference(before, base) == nil)
+        #expect(try QemuImg.difference(before, top) == nil)
+        #expect(try QemuImg.check(base).status == 0)
+        if !options.isEmpty { #expect(try Command.run(["cmp", data, before]).status == 0) }
+    }
+
     @Test("an image without a backing file, or with one in use, is refused and unchanged")
     func refusals() throws {
         try makeImage(base)

@@ -18,7 +18,7 @@ public enum BackingCommit {
     ) throws(ImageError) {
         let plan = try ChainPlan(path, options: options)
         // Our own locks on the files below would keep us from writing there.
-        for file in plan.files.dropFirst() { file.device.close() }
+        for file in plan.files.dropFirst() { file.close() }
         var chain = OpenedChain(capacity: 1, options: options)
         try Image.open([plan.files[0]], into: &chain)
         let overlay = try Image(chain)
