@@ -19,7 +19,7 @@ extension Daemon {
     func work(_ words: [String]) -> [(String, String)] {
         guard jobs.enter() else { return failed("the mount at \(mountpoint) is ending") }
         defer { jobs.leave() }
-        guard words.count >= 2, let (node, isTop) = disk(words[1]) else {
+        guard words.count >= 2, let (node, layer) = disk(words[1]) else {
             return failed("no image of the mount at \(mountpoint)")
         }
         do throws(SystemError) {
@@ -29,7 +29,12 @@ extension Daemon {
             let image = opening.image.pointer.pointee.image
             let path = opening.image.pointer.pointee.path
             if words[0] == "snapshots" { return try list(image) }
-            guard isTop, !image.isReadOnly else {
+            guard layer == 0 else {
+                return failed(
+                    "\(image.files[layer]): the backing file of \(path), which is mounted at "
+                        + "\(mountpoint) by process \(getpid()): unmount it first")
+            }
+            guard !image.isReadOnly else {
                 return failed(
                     "\(path): mounted read-only at \(mountpoint) by process \(getpid()): "
                         + "unmount it first")
@@ -40,16 +45,16 @@ extension Daemon {
         }
     }
 
-    /// The file behind which the image of this identity lies, and whether it is the image that is
-    /// written to; nil where nobody has it open.
+    /// The disk of whose chain the image of this identity is, and its place there, 0 for the image
+    /// that is written to; nil where nobody has it open.
     private func disk(
         _ identity: String
-    ) -> (node: UnsafeMutablePointer<FileNode>, isTop: Bool)? {
+    ) -> (node: UnsafeMutablePointer<FileNode>, layer: Int)? {
         for node in catalogue.disks {
             let layer = node.pointer.pointee.withOpenImage { mounted in
                 mounted.pointee.image.identities.firstIndex { $0?.word == identity }
             }
-            if let layer, let layer { return (node.pointer, layer == 0) }
+            if let layer, let layer { return (node.pointer, layer) }
         }
         return nil
     }
