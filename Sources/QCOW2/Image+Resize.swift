@@ -3,11 +3,14 @@ internal import Synchronization
 /// Changing the size of the disk.
 extension Image {
     /// Sets the size of the disk; new bytes read as zeros.
+    ///
+    /// Where it cannot grow, for lack of space say, it is as long as before, as far as the device
+    /// takes what has to be written for that.
     /// - Parameters:
     ///   - byteCount: a multiple of 512.
     ///   - shrinking: whether it may become smaller: what lies behind is lost.
     ///   - preallocation: what is allocated of the new bytes.
-    /// - Throws: `.invalidArgument` for a size that cannot be.
+    /// - Throws: `.invalidArgument` for a size that cannot be, what `write` throws.
     public func resize(
         to byteCount: UInt64, shrinking: Bool = false,
         preallocation: CreateOptions.Preallocation = .off
@@ -15,27 +18,36 @@ extension Image {
         let writing = try writer()
         if byteCount == size { return }
         try checkSize(byteCount)
+        // Asked before anything is written, and again when the size can change no more.
+        try checkDirection(to: byteCount, shrinking, preallocation)
         try begin(writing)
         try checkBitmaps(forSize: byteCount, writing)
-        let old = try writing.structure.withLock { _ throws(ImageError) in
-            let old = size
-            if header.version == 2, byteCount != old, try !snapshots().isEmpty {
+        try writing.structure.withLock { _ throws(ImageError) in
+            try checkDirection(to: byteCount, shrinking, preallocation)
+            if header.version == 2, byteCount != size, try !snapshots().isEmpty {
                 throw refusal("a version 2 image with snapshots cannot change its size")
             }
-            if byteCount > old { try grow(to: byteCount, writing) }
-            if byteCount < old {
-                guard shrinking else {
-                    throw refusal("the disk would shrink and lose what lies behind \(byteCount)")
-                }
-                guard preallocation == .off else {
-                    throw refusal("a disk that shrinks has nothing to preallocate")
-                }
-                try shrink(to: byteCount, writing)
+            if byteCount > size {
+                try grow(to: byteCount, preallocation, writing)
+            } else if byteCount < size {
+                try shrink(from: size, to: byteCount, writing)
                 countAllocationAgain()
             }
-            return old
         }
-        if byteCount > old { try preallocate(old..<byteCount, preallocation) }
+    }
+
+    private func checkDirection(
+        to byteCount: UInt64, _ shrinking: Bool, _ preallocation: CreateOptions.Preallocation
+    ) throws(ImageError) {
+        guard byteCount < size else { return }
+        guard shrinking else {
+            throw refusal(
+                "the disk would become smaller and lose what lies behind \(byteCount) bytes: "
+                    + "resize --shrink does that")
+        }
+        guard preallocation == .off else {
+            throw refusal("a disk that shrinks has nothing to preallocate")
+        }
     }
 
     private func checkSize(_ byteCount: UInt64) throws(ImageError) {
@@ -84,6 +96,42 @@ extension Image {
 
     private func refusal(_ words: String) -> ImageError {
         ImageError(.invalidArgument(words), file: top.file.name)
+    }
+
+    /// Grows, or leaves the disk as long as it was.
+    private func grow(
+        to new: UInt64, _ preallocation: CreateOptions.Preallocation, _ writing: Writing
+    ) throws(ImageError) {
+        let old = size
+        do throws(ImageError) {
+            try grow(to: new, writing)
+            try preallocate(old..<new, preallocation)
+        } catch {
+            // What went wrong first is what matters.
+            try? takeBack(old..<new, writing)
+            throw error
+        }
+    }
+
+    /// Makes the disk end where `range` begins, which was to become its end.
+    private func takeBack(_ range: Range<UInt64>, _ writing: Writing) throws(ImageError) {
+        try giveBackSpace(of: range)
+        try shrink(from: range.upperBound, to: range.lowerBound, writing)
+        countAllocationAgain()
+    }
+
+    /// Gives back the space of new clusters, which read as zeros without it too: a device that is
+    /// full has none for the tables that are written next.
+    private func giveBackSpace(of range: Range<UInt64>) throws(ImageError) {
+        var offset = (range.lowerBound &+ map.clusterMask) & ~map.clusterMask
+        while offset < min(range.upperBound, size) {
+            let extent = try map.extent(at: offset, limit: size &- offset)
+            // Zeros of the file are no zeros of an encrypted disk.
+            if extent.hasCluster, extent.kind != .data || !top.isEncrypted {
+                top.data.punchHole(extent.host..<extent.host &+ extent.byteCount)
+            }
+            offset &+= extent.byteCount
+        }
     }
 
     /// New bytes read as zeros before the size says that they are there.
@@ -152,10 +200,12 @@ extension Image {
     }
 
     /// The size falls first, then the references behind it go, then the file is cut.
-    private func shrink(to new: UInt64, _ writing: Writing) throws(ImageError) {
+    /// - Parameter old: The size, or one that the disk was about to get.
+    private func shrink(
+        from old: UInt64, to new: UInt64, _ writing: Writing
+    ) throws(ImageError) {
         ranges.lockEverything()
         defer { ranges.unlockEverything() }
-        let old = size
         try storeSize(new, writing)
         writing.bitmaps.recordSize(from: old, to: new)
         currentSize.store(new, ordering: .releasing)

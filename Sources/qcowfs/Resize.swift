@@ -10,8 +10,9 @@ struct Resize: Verb {
         abstract: "Make the disk of an image larger or smaller.",
         usage: "qcowfs resize [--shrink] [--preallocation <mode>] <image> [+|-]<size>",
         discussion: """
-            New bytes read as zeros.  On an image that is mounted its daemon does the work; a loop \
-            device over it learns the new size by losetup -c.
+            New bytes read as zeros.  Where there is no room for them the disk keeps its size.  On \
+            an image that is mounted its daemon does the work; a loop device over it learns the \
+            new size by losetup -c.
             """)
 
     @Flag(help: "Allow the disk to become smaller: what lies behind is lost.")
@@ -67,7 +68,6 @@ struct Resize: Verb {
                         policy: policy.policy, passphrases: try passphrases.source()))
             }
         ) { image throws(ImageError) in
-            try Self.judge(change, of: image, shrink)
             try image.resize(change, shrinking: shrink, preallocation: preallocation)
         } throughDaemon: { holder throws(MountError) in
             try holder.resize(change, shrinking: shrink, preallocation: preallocation)
@@ -77,17 +77,6 @@ struct Resize: Verb {
             }
         }
         return 0
-    }
-
-    private static func judge(
-        _ change: SizeChange, of image: Image, _ shrink: Bool
-    ) throws(ImageError) {
-        guard !shrink, let byteCount = change.byteCount(from: image.size), byteCount < image.size
-        else { return }
-        throw ImageError(
-            .invalidArgument(
-                "the disk would become smaller and lose what lies behind \(byteCount) bytes: "
-                    + "give --shrink if that is meant"), file: image.files[0])
     }
 
     private static func change(_ word: String) -> SizeChange? {

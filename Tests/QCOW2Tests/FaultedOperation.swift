@@ -124,6 +124,14 @@ struct FaultedOperation: Sendable, CustomTestStringConvertible {
             try writeSome(image)
             try image.resize(to: 400 << 10)
         },
+        .init("grow with space reserved") { image, _ in
+            try writeSome(image)
+            try image.resize(to: 128 << 10, preallocation: .falloc)
+        },
+        .init("grow with zeros written", CrashLayout.withSubclusters[0]) { image, _ in
+            try writeSome(image)
+            try image.resize(to: image.size + 48 << 10, preallocation: .full)
+        },
         .init("shrink") { image, _ in
             try writeSome(image)
             try image.resize(to: 40 << 10, shrinking: true)

@@ -62,4 +62,39 @@ struct SizeTrapTests {
         if mode != "metadata" { #expect(try Int(file.status().st_blocks) * 512 >= 2.MiB) }
         #expect(!(try QemuImg.io(path, ["read -P 0 0 3M"])).contains("failed"))
     }
+
+    @Test(
+        "A disk that finds no space to grow into keeps its size, and nothing leaks",
+        arguments: ["falloc", "full"], [false, true])
+    func noSpaceToGrow(mode: String, isExtended: Bool) throws {
+        let preallocation = try #require(CreateOptions.Preallocation(rawValue: mode))
+        var refusalCount = 0
+        for call in 0..<100 {
+            let device = RecordingDevice([], yielding: false)
+            var options = CreateOptions()
+            options.hasExtendedL2 = isExtended
+            try Image.create(on: device, size: UInt64(1.MiB), options: options)
+            let kind: FaultyDevice.Kind = mode == "full" ? .write : .reserve
+            let faulty = FaultyDevice(
+                device, FaultyDevice.Fault(kind, call: call, error: .noSpace))
+            let image = try Image.open(faulty)
+            try image.write([UInt8](repeating: 0xAA, count: 1.MiB), at: 0)
+            guard !faulty.failed else { continue }
+            do {
+                try image.resize(to: UInt64(3.MiB), preallocation: preallocation)
+                #expect(image.size == UInt64(3.MiB), "call \(call)")
+            } catch {
+                refusalCount += 1
+                #expect(image.size == UInt64(1.MiB), "call \(call)")
+            }
+            #expect(try image.bytes(0..<1.MiB).allSatisfy { $0 == 0xAA })
+            try image.close()
+            try expectSound(device, "call \(call)")
+            let again = try Image.open(device, options: .readOnly)
+            #expect(again.size == image.size)
+            try again.close()
+            if !faulty.failed { break }
+        }
+        #expect(refusalCount > 4)
+    }
 }

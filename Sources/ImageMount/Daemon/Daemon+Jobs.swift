@@ -86,9 +86,10 @@ extension Daemon {
                 guard let change = SizeChange(words[2]),
                     let preallocation = CreateOptions.Preallocation(rawValue: words[4])
                 else { throw ImageError(.invalidArgument("no size"), file: mountpoint) }
+                // One that fails may have been larger for a while.
+                defer { ownAccess.diskChanged(node, restoresSize: options.writesBack) }
                 try image.resize(
                     change, shrinking: words[3] == "shrink", preallocation: preallocation)
-                ownAccess.diskChanged(node, restoresSize: options.writesBack)
             default: return failed("an unknown question: \(words[0])")
             }
             ownAccess.namesChanged()
