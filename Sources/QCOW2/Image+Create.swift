@@ -48,39 +48,12 @@ extension Image {
         let rounded = try roundedUp(size, file: path)
         // Refused before the file that is there is touched.
         let layout = try CreationLayout(size: rounded, options: options, file: path)
-        let target = try FileReplacement(of: path)
-        guard let name = options.dataFile else {
-            try ImageCreation(
-                device: target.device, data: nil, size: rounded, layout: layout, options: options
-            ).run()
-            return try target.commit()
-        }
-        let data = try FileReplacement(of: dataFileLocation(name, of: options, imagePath: path))
+        let files = try NewImageFiles(at: path, options)
         try ImageCreation(
-            device: target.device, data: data.device, size: rounded, layout: layout,
+            device: files.device, data: files.dataDevice, size: rounded, layout: layout,
             options: options
         ).run()
-        // An image never names a file that is not there yet.
-        try data.commit()
-        try target.commit()
-    }
-
-    /// Where the data file is made: no file that the new image needs for something else.
-    private static func dataFileLocation(
-        _ name: String, of options: CreateOptions, imagePath: String
-    ) throws(ImageError) -> String {
-        let location = BackingResolver.location(of: name, from: imagePath)
-        if FileReplacement.areSame(location, imagePath) {
-            throw ImageError(.dataFile("an image cannot be its own data file"), file: imagePath)
-        }
-        if let backing = options.backingFile,
-            FileReplacement.areSame(
-                location, BackingResolver.location(of: backing, from: imagePath))
-        {
-            throw ImageError(
-                .dataFile("the backing file cannot be the data file too"), file: imagePath)
-        }
-        return location
+        try files.commit()
     }
 
     private static func roundedUp(_ size: UInt64, file: String) throws(ImageError) -> UInt64 {

@@ -9,8 +9,9 @@ struct Convert: Verb {
         abstract: "Copy a disk to a new raw file or image, without its holes and its backing file.",
         discussion: """
             The target appears when it is complete; until then a file of that name stays as it is. \
-            A block device and the raw file of a mounted image are written in place, and keep \
-            their length.
+            So does a data file (-o data_file=FILE), which is found relative to the target. A \
+            block device and the raw file of a mounted image are written in place, and keep their \
+            length.
 
             Where the file system lets files share space, as xfs and btrfs do, uncompressed data \
             is shared and not copied, unless -S 0 wants every byte written.

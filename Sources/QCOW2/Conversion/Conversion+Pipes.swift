@@ -188,6 +188,10 @@ extension Conversion {
             throw IncomingDisk.needsSpool(
                 "a disk whose length is not known yet cannot be preallocated", stream.name)
         }
+        guard options.dataFile == nil else {
+            throw IncomingDisk.needsSpool(
+                "a disk whose length is not known yet gets no external data file", stream.name)
+        }
         // As large as one cluster of the L1 table allows; it is cut to measure in the end.
         let perTable = options.clusterByteCount / options.l2EntryByteCount
         let first = perTable * options.clusterByteCount * (options.clusterByteCount / 8)

@@ -24,7 +24,7 @@ public struct Conversion: Sendable {
     public init(to target: Target) { self.target = target }
 
     /// Copies `source` to a new file at `path`, which takes its place only when it is complete and
-    /// durable: whatever was there stays as it was until then.
+    /// durable, and so does its external data file: whatever was there stays as it was until then.
     ///
     /// - Parameters:
     ///   - source: The disk to copy.
@@ -36,9 +36,20 @@ public struct Conversion: Sendable {
         from source: SourceDisk, toFileAt path: String, progress: ((Double) -> Bool)? = nil
     ) throws(ImageError) {
         try checkOptions(path)
-        let file = try FileReplacement(of: path)
-        try run(from: source, to: file.device, progress: progress)
-        try file.commit()
+        let files = try newFiles(at: path)
+        try run(
+            from: source, to: files.device, dataFile: files.dataDevice, progress: progress)
+        try files.commit()
+    }
+
+    func newFiles(at path: String) throws(ImageError) -> NewImageFiles {
+        switch target {
+        case .raw: return try NewImageFiles(at: path, CreateOptions())
+        case .qcow2(let options):
+            // Refused before a file is made.
+            try options.check(file: path)
+            return try NewImageFiles(at: path, options)
+        }
     }
 
     /// Whether what is at `path` is a disk that is written itself, because no file can replace it.
@@ -53,21 +64,29 @@ public struct Conversion: Sendable {
     }
 
     /// Copies `source` onto `device`, whose content is lost.
+    /// - Parameters:
+    ///   - source: The disk to copy.
+    ///   - device: What the new file is written to.
+    ///   - dataFile: Where guest data shall lie if the options name an external data file; what it
+    ///     has is lost.
+    ///   - progress: Told what part is done; false cancels.
     /// - Throws: What reading and writing throw; `.cancelled`.
     public func run(
-        from source: SourceDisk, to device: any BlockDevice, progress: ((Double) -> Bool)? = nil
+        from source: SourceDisk, to device: any BlockDevice, dataFile: (any BlockDevice)? = nil,
+        progress: ((Double) -> Bool)? = nil
     ) throws(ImageError) {
         // What is shared has the source's holes, and its bytes as they are.
         let shared =
             compresses || sparseByteCount == 0
-            ? nil : try SharedSpace(from: source, with: device)
+            ? nil : try SharedSpace(from: source, with: dataFile ?? device)
         switch target {
         case .raw:
             let sink = try RawSink(
                 device, size: source.size, keepsZeros: sparseByteCount == 0, sharing: shared)
             try copy(source, to: sink, unit: max(sparseByteCount, 512), progress)
         case .qcow2(let options):
-            let image = try newImage(on: device, size: source.size, options)
+            let image = try newImage(
+                on: device, dataFile: dataFile, size: source.size, options)
             if compresses {
                 try compress(source, into: image, progress)
             } else {
@@ -84,12 +103,13 @@ public struct Conversion: Sendable {
 
     /// An empty image, open for writing.
     func newImage(
-        on device: any BlockDevice, size: UInt64, _ options: CreateOptions
+        on device: any BlockDevice, dataFile: (any BlockDevice)? = nil, size: UInt64,
+        _ options: CreateOptions
     ) throws(ImageError) -> Image {
-        try Image.create(on: device, size: size, options: options)
+        try Image.create(on: device, size: size, options: options, dataFile: dataFile)
         let passphrases = PassphraseSource([options.encryption?.passphrase].compactMap { $0 })
         return try Image.open(
-            device,
+            device, dataFile: dataFile,
             options: OpenOptions(cacheByteCount: Self.cacheByteCount, passphrases: passphrases))
     }
 
