@@ -24,10 +24,7 @@ public struct Measurement: Equatable, Sendable {
     ) throws(ImageError) {
         let name = source?.name ?? ""
         try options.check(file: name)
-        guard byteCount <= Limits.virtualByteCount else {
-            throw ImageError(
-                .invalidArgument("a disk has at most \(Limits.virtualByteCount) bytes"), file: name)
-        }
+        _ = try CreationLayout(size: byteCount, options: options, file: name)
         let cluster = options.clusterByteCount
         let disk = (byteCount &+ cluster &- 1) & ~(cluster &- 1)
         let metadata = try Self.metadataByteCount(ofDisk: disk, options)
@@ -77,10 +74,11 @@ public struct Measurement: Equatable, Sendable {
     private static func data(
         in source: SourceDisk, cluster: UInt64
     ) throws(ImageError) -> UInt64 {
+        let written = try WrittenRuns(of: source)
         var sum: UInt64 = 0
         var offset: UInt64 = 0
         while offset < source.size {
-            let run = try source.run(at: offset, limit: source.size &- offset)
+            let run = try written.run(at: offset, limit: source.size &- offset)
             let end = offset &+ run.byteCount
             guard !run.isHole else {
                 offset = end
