@@ -214,6 +214,25 @@ struct BitmapTests {
         }
     }
 
+    @Test("a disk of 0 bytes gets no bitmap, and a disk with one does not become that small")
+    func emptyDisk() throws {
+        let empty = folder.file("empty.qcow2")
+        try QemuImg.create(empty, size: 0)
+        try makeImage(image)
+        try qemu("--add", "b")
+        let before = try Command.require("sha256sum", empty)
+        expectRefusal(try qcowfs("bitmap", "--add", empty, "b"), naming: "0 bytes", "resize")
+        expectRefusal(
+            try qcowfs("resize", "--shrink", image, "0"), naming: "'b'", "0 bytes",
+            "bitmap --remove")
+        #expect(try Command.require("sha256sum", empty) == before)
+        #expect(try QemuImg.info(image).byteCount == 8.MiB)
+        #expect(try QemuImg.info(image).bitmaps.map(\.flags) == [["auto"]])
+        try Command.require(TestEnvironment.program, "bitmap", "--remove", image, "b")
+        try Command.require(TestEnvironment.program, "resize", "--shrink", image, "0")
+        for path in [image, empty] { #expect(try QemuImg.info(path).byteCount == 0) }
+    }
+
     @Test("bitmap on a mounted image names the daemon")
     func mounted() throws {
         try makeImage(image)

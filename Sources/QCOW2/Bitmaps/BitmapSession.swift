@@ -61,6 +61,10 @@ final class BitmapSession: Sendable {
                     return "the bitmap '\(name)' is \(state) and cannot follow another size of "
                         + "the disk; remove it with bitmap --remove"
                 }
+                guard byteCount > 0 else {
+                    return "the bitmap '\(name)' cannot describe a disk of 0 bytes; "
+                        + "remove it with bitmap --remove"
+                }
                 let isAllowed = BitmapEntry.isAllowed(
                     diskByteCount: byteCount, granularityBits: bitmap.entry.granularityBits,
                     clusterBits: clusterBits)

@@ -144,6 +144,9 @@ private struct BitmapPlan {
         guard (1...Limits.bitmapNameByteCount).contains(UInt64(name.count)) else {
             throw image.refusal("a bitmap's name has 1 to 1023 bytes, this one \(name.count)")
         }
+        guard image.size > 0 else {
+            throw image.refusal("a disk of 0 bytes cannot have bitmaps: resize it first")
+        }
         let bits = UInt8(clamping: granularity.trailingZeroBitCount)
         guard granularity.nonzeroBitCount == 1, Limits.bitmapGranularityBits.contains(bits) else {
             throw image.refusal(
