@@ -25,6 +25,7 @@ struct Rebase: Verb {
     var format: DiskFormat?
 
     @OptionGroup var policy: PolicyOptions
+    @OptionGroup var passphrases: PassphraseOptions
     @OptionGroup var progress: ProgressOptions
 
     @Argument(help: "The image.", completion: .file())
@@ -36,7 +37,8 @@ struct Rebase: Verb {
         ) { progress throws(ImageError) in
             try QCOW2.Rebase.run(
                 path: image, onto: backing.isEmpty ? nil : backing, format: format?.source,
-                isUnsafe: isUnsafe, options: OpenOptions(policy: policy.policy),
+                isUnsafe: isUnsafe,
+                options: OpenOptions(policy: policy.policy, passphrases: try passphrases.source()),
                 threadCount: Processors.count, progress: progress)
         }
         return 0

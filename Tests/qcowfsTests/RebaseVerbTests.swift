@@ -127,4 +127,47 @@ struct RebaseVerbTests {
             try qcowfs("rebase", "-b", "gone.qcow2", "-F", "qcow2", top), naming: "gone.qcow2")
         #expect(try Command.require("sha256sum", top) == sum)
     }
+
+    @Test(
+        "encrypted files above and below are opened with their passphrases",
+        arguments: [
+            [true, true], [false, true], [true, false],
+        ])
+    func encrypted(isEncrypted: [Bool]) throws {
+        var old = EncryptedImage(folder.file("closed.qcow2"), passphrase: "the old one's")
+        old.isEncrypted = isEncrypted[1]
+        try old.create(size: 10.MiB)
+        try old.io(["write -q -P 1 0 2M", "write -q -P 2 4M 64k"])
+        var overlay = EncryptedImage(top)
+        overlay.isEncrypted = isEncrypted[0]
+        if isEncrypted[1] { overlay.encryptedBelow = [("backing", "the old one's", "luks")] }
+        try overlay.create(size: 10.MiB, backing: "closed.qcow2")
+        try overlay.io(["write -q -P 9 64k 64k", "write -q -P 8 7M 100k"])
+        let disk = try overlay.disk(in: folder)
+
+        let sum = try Command.require("sha256sum", top)
+        expectRefusal(
+            try qcowfs("rebase", "-b", "new.qcow2", "-F", "qcow2", top),
+            naming: "encrypted", "--passphrase-file")
+        #expect(try Command.require("sha256sum", top) == sum)
+        let first = try folder.write(Array("open sesame".utf8), to: "first")
+        let second = try folder.write(Array("the old one's".utf8), to: "second")
+        let passphrases = ["--passphrase-file", first, "--passphrase-file", second]
+        // There and back: each of them is the new backing file once.
+        for backing in ["new.qcow2", "closed.qcow2"] {
+            try Command.require(
+                [TestEnvironment.program, "rebase"] + passphrases
+                    + ["-b", backing, "-F", "qcow2", top])
+            if backing == "new.qcow2" {
+                overlay.encryptedBelow = []
+            } else if isEncrypted[1] {
+                overlay.encryptedBelow = [("backing", "the old one's", "luks")]
+            }
+            let now = try overlay.disk(in: folder)
+            #expect(
+                disk.firstDifference(
+                    in: 0..<10.MiB, from: UnsafeRawBufferPointer(now[0..<10.MiB])) == nil)
+            #expect(try overlay.check().status == 0)
+        }
+    }
 }

@@ -31,7 +31,9 @@ public enum Rebase {
             let disk = try backing.flatMap { name throws(ImageError) in
                 try SourceDisk(
                     path: BackingResolver.location(of: name, from: path), format: format,
-                    options: OpenOptions(access: .readOnly, policy: options.policy))
+                    options: OpenOptions(
+                        access: .readOnly, policy: options.policy,
+                        passphrases: options.passphrases))
             }
             try copyUp(image, over: disk, threadCount: threadCount, progress: progress)
             if let disk { header.backingFormat = disk.image == nil ? "raw" : "qcow2" }
