@@ -12,7 +12,8 @@ struct Create: Verb {
             metadata, falloc, full), backing_file, backing_fmt, data_file, data_file_raw, \
             encrypt.format (luks), encrypt.cipher-alg, encrypt.cipher-mode, encrypt.ivgen-alg, \
             encrypt.ivgen-hash-alg, encrypt.hash-alg, encrypt.iter-time (milliseconds). Backing \
-            file and data file are found relative to the image; the data file is made too.
+            file and data file are found relative to the image; the data file is made too. What \
+            is switched is on or off; yes and no, true and false, y and n mean the same.
             """)
 
     @Option(name: .shortAndLong, help: "The format; only qcow2.", completion: .list(["qcow2"]))

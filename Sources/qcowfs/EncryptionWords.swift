@@ -1,13 +1,13 @@
 internal import QCOW2
 
 /// What `create -o encrypt.…` says, by the names that qemu-img has for it.
-struct EncryptionWords {
+struct EncryptionWords: ImageOptionReader {
     /// Set by `encrypt.format=luks`.
     private(set) var isWanted = false
     private var suite = CipherSuite()
     private var hash = HashAlgorithm.sha256
     private var milliseconds: UInt32 = 2000
-    private let image: String
+    let image: String
     private var first: String?
 
     init(image: String) { self.image = image }
@@ -24,7 +24,7 @@ struct EncryptionWords {
             guard value == "luks" else { throw refused(value, of: name, "luks; aes is only read") }
             isWanted = true
         case "encryption":
-            guard value == "off" else {
+            guard try !isOn(value, of: name) else {
                 throw Failure(image, "encryption=\(value) is legacy AES: give encrypt.format=luks")
             }
             first = nil
@@ -67,9 +67,5 @@ struct EncryptionWords {
                 value, of: name, Value.allCases.map(\.rawValue).joined(separator: ", "))
         }
         return chosen
-    }
-
-    private func refused(_ value: String, of name: String, _ allowed: String) -> Failure {
-        Failure(image, "\(name) cannot be '\(value)' (allowed: \(allowed))")
     }
 }

@@ -38,7 +38,12 @@ extension ImageOptionReader {
     }
 
     func isOn(_ value: String, of name: String) throws -> Bool {
-        try choice(value, of: name, ["on": true, "off": false])
+        try choice(
+            value, of: name,
+            [
+                "on": true, "off": false, "yes": true, "no": false, "true": true, "false": false,
+                "y": true, "n": false,
+            ])
     }
 
     func version(_ value: String, of name: String) throws -> CreateOptions.Version {

@@ -166,6 +166,29 @@ struct ImageVerbTests {
     }
 
     @Test(
+        "every word for on and off is understood, by each verb that takes options",
+        arguments: [("on", "off"), ("yes", "no"), ("true", "false"), ("y", "n")])
+    func booleans(on: String, off: String) throws {
+        let options = "extended_l2=\(on),lazy_refcounts=\(on),encryption=\(off)"
+        try Command.require(TestEnvironment.program, "create", "-o", options, image, "1M")
+        var info = try Command.require("qemu-img", "info", image)
+        #expect(info.contains("extended l2: true") && info.contains("lazy refcounts: true"))
+        try Command.require(
+            TestEnvironment.program, "amend", "-o", "lazy_refcounts=\(off)", image)
+        #expect(try Command.require("qemu-img", "info", image).contains("lazy refcounts: false"))
+        let copy = folder.file("copy.qcow2")
+        try Command.require(
+            TestEnvironment.program, "convert", "-O", "qcow2", "-o",
+            "data_file=copy.data,data_file_raw=\(on),lazy_refcounts=\(off)", image, copy)
+        info = try Command.require("qemu-img", "info", copy)
+        #expect(info.contains("data file raw: true") && info.contains("lazy refcounts: false"))
+        let measure = ["measure", "-O", "qcow2", "-o", "extended_l2=\(on)", "--size", "1T"]
+        #expect(
+            try Command.require([TestEnvironment.program] + measure)
+                == Command.require(["qemu-img"] + measure))
+    }
+
+    @Test(
         "create refuses in one line, and leaves no file",
         arguments: [
             ["DISK"], ["-b", "base", "DISK"], ["-F", "raw", "DISK", "1M"],
