@@ -14,6 +14,15 @@ struct ProgressOptions: ParsableArguments {
         help: ArgumentHelp("Write lines of JSON with the percentage there.", valueName: "number"))
     var progressFd: Int32?
 
+    func validate() throws {
+        guard let progressFd else { return }
+        // A number that is free now would be that of a file opened later, the image for one.
+        let flags = fcntl(progressFd, F_GETFL)
+        guard flags >= 0, flags & O_ACCMODE != O_RDONLY else {
+            throw ValidationError("--progress-fd \(progressFd): no file is open for writing there")
+        }
+    }
+
     /// Nil where nobody wants to know.
     func report(of verb: String) -> ProgressReport? {
         let wantsBar = !quiet && (progress || isatty(STDERR_FILENO) != 0)

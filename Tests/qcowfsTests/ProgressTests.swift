@@ -38,4 +38,20 @@ struct ProgressTests {
         let quiet = try Command.run(["bash", "-c", "\(TestEnvironment.program) \(words) --quiet"])
         #expect(quiet.errors.isEmpty, "\(quiet)")
     }
+
+    @Test("a descriptor that nothing can be written to is wrong usage, before anything is done")
+    func closedDescriptor() throws {
+        let folder = try TemporaryDirectory()
+        let (image, out) = (folder.file("disk.qcow2"), folder.file("out"))
+        try makeImage(image)
+        for redirection in ["", "77< /dev/null"] {
+            let result = try Command.run([
+                "bash", "-c",
+                "\(TestEnvironment.program) convert --progress-fd 77 \(image) \(out) "
+                    + redirection,
+            ])
+            #expect(result.status == 64 && result.errors.contains("--progress-fd 77"), "\(result)")
+            #expect(access(out, F_OK) != 0)
+        }
+    }
 }
