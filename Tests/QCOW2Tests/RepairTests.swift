@@ -112,6 +112,37 @@ struct RepairTests {
         #expect(after[0..<65536].allSatisfy { $0 == 0x77 })
     }
 
+    @Test("data in a refcount block's cluster keeps its bytes where a count cannot say so")
+    func dataOnBlockOfOneBit() throws {
+        try QemuImg.create(image, size: 8.MiB, options: ["refcount_bits=1"])
+        try QemuImg.io(image, ["write -q -P 1 0 1M"])
+        try store(0x50000, at: Self.refcountTable)
+        try expectRepaired()
+    }
+
+    @Test("data in an L2 table's cluster keeps its bytes where a count cannot say so")
+    func dataOnTableOfOneBit() throws {
+        try QemuImg.create(image, size: 8.MiB, options: ["refcount_bits=1"])
+        try QemuImg.io(image, ["write -q -P 1 0 1M"])
+        try store(0x40000 | Self.copied, at: Self.l2 + 40 * 8)
+        try store(0x50000, at: Self.l2)
+        let before = try disk()
+        _ = try ImageRepair(path: image, scope: .all)
+        #expect(try disk() == before)
+    }
+
+    @Test("zeros past the end of a file that was cut short are still zeros")
+    func cutShort() throws {
+        try QemuImg.io(image, ["write -q -P 1 0 4M"])
+        truncate(image, 2 << 20)
+        try store(0, at: Self.refcountTable)
+        let before = try disk()
+        #expect(before[3.MiB..<4.MiB].allSatisfy { $0 == 0 })
+        let repair = try ImageRepair(path: image, scope: .all)
+        #expect(try disk() == before)
+        #expect(repair.check.corruptionCount > 0, "lost data is not forgotten")
+    }
+
     @Test("data in the same cluster as the L1 table keeps its bytes; the table moves")
     func dataOnL1() throws {
         try store(0x30000 | Self.copied, at: Self.l2 + 40 * 8)
@@ -142,6 +173,30 @@ struct RepairTests {
         let repair = try ImageRepair(path: image, scope: .leaks)
         #expect(repair.check.corruptionCount > 0)
         #expect(try Command.require("sha256sum", image) == before)
+    }
+
+    @Test(
+        "--repair leaks changes nothing where a refcount block is something else too",
+        arguments: [0x30000, 0x40000, 0x50000])
+    func leaksOfStrangers(place: UInt64) throws {
+        try store(place, at: Self.refcountTable)
+        let before = try Command.require("sha256sum", image)
+        _ = try ImageRepair(path: image, scope: .leaks)
+        #expect(try Command.require("sha256sum", image) == before)
+    }
+
+    @Test("--repair leaks adds no corruption beside one that it leaves")
+    func leaksBesideCorruption() throws {
+        try storeCount(0, of: 6)
+        try storeCount(2, of: 5)
+        try store(0x50000, at: Self.l2)
+        let length = try TestFile(image, O_RDONLY).byteCount()
+        truncate(image, off_t(length + 65536))
+        try storeCount(1, of: length / 65536)
+        let before = try ImageCheck(path: image)
+        let repair = try ImageRepair(path: image, scope: .leaks)
+        #expect(repair.fixedLeakCount == 1)
+        #expect(repair.check.corruptionCount == before.corruptionCount)
     }
 
     @Test("leaks stay while references may be hidden behind a damaged entry")

@@ -47,7 +47,7 @@ package final class ClusterAllocator: Sendable {
         self.guarded = guarded
         format = RefcountFormat(order: header.refcountOrder)
         clusterBits = UInt64(header.clusterBits)
-        blockBits = clusterBits &+ 3 &- UInt64(header.refcountOrder)
+        blockBits = header.refcountBlockBits
         let pageByteCount = min(Int(header.clusterByteCount), 4096)
         pageBits = UInt64(format.entryCount(inBytes: pageByteCount).trailingZeroBitCount)
         let table = try ClusterAllocator.readTable(header, in: file)

@@ -63,6 +63,8 @@ public struct Header: Sendable, Hashable {
     public var clusterByteCount: UInt64 { 1 &<< UInt64(clusterBits) }
     /// Bits of a refcount.
     public var refcountBits: Int { 1 &<< Int(refcountOrder) }
+    /// How many clusters a refcount block counts, as a power of two.
+    var refcountBlockBits: UInt64 { UInt64(clusterBits) &+ 3 &- UInt64(refcountOrder) }
     /// Bytes of an L2 entry.
     public var l2EntryByteCount: UInt64 {
         incompatibleFeatures.contains(.extendedL2) ? 16 : 8

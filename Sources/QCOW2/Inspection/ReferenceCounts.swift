@@ -14,6 +14,8 @@ package struct ReferenceCounts: Sendable {
     private var latest = (group: UInt64.max, slot: 0)
     /// Counts of `UInt16.max` and more; their chunks hold `UInt16.max`.
     private var large: [UInt64: UInt64] = [:]
+    /// Clusters with more references than their count says, because it can hold no more.
+    private var exceeded: Set<UInt64> = []
 
     package init() {}
 
@@ -27,6 +29,14 @@ package struct ReferenceCounts: Sendable {
         let count = chunks[slot][index]
         return count == .max ? large[cluster] ?? UInt64(count) : UInt64(count)
     }
+
+    /// Whether a cluster has more than one reference.
+    func isShared(_ cluster: UInt64) -> Bool {
+        count(of: cluster) > 1 || hasMoreThanCounted(cluster)
+    }
+
+    /// Whether a cluster has references that its count could not hold.
+    func hasMoreThanCounted(_ cluster: UInt64) -> Bool { exceeded.contains(cluster) }
 
     /// What `count(of:)` says of clusters most of which lie behind one another.
     struct Reader {
@@ -55,15 +65,17 @@ package struct ReferenceCounts: Sendable {
         let (group, index) = Self.place(of: cluster)
         if group != latest.group { latest = (group, slot(of: group)) }
         let count = chunks[latest.slot][index]
-        if count < UInt16.max - 1 {
-            if UInt64(count) >= maximum { return false }
-            chunks[latest.slot][index] = count + 1
-            return true
-        }
         let exact = count == .max ? large[cluster] ?? UInt64(count) : UInt64(count)
-        if exact >= maximum { return false }
-        chunks[latest.slot][index] = .max
-        large[cluster] = exact + 1
+        guard exact < maximum else {
+            exceeded.insert(cluster)
+            return false
+        }
+        if count < UInt16.max - 1 {
+            chunks[latest.slot][index] = count + 1
+        } else {
+            chunks[latest.slot][index] = .max
+            large[cluster] = exact + 1
+        }
         return true
     }
 

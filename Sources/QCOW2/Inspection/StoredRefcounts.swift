@@ -17,7 +17,7 @@ struct StoredRefcounts {
         self.device = device
         format = RefcountFormat(order: header.refcountOrder)
         clusterBits = UInt64(header.clusterBits)
-        blockBits = clusterBits + 3 - UInt64(header.refcountOrder)
+        blockBits = header.refcountBlockBits
         let byteCount = UInt64(header.refcountTableClusterCount) &* header.clusterByteCount
         table = try Header.read(Int(byteCount), at: header.refcountTableOffset, of: device)
     }

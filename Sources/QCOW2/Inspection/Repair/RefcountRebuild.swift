@@ -7,6 +7,8 @@ struct RefcountRebuild {
     let tableOffset: UInt64
     let tableClusterCount: UInt64
     let l1Offset: UInt64
+    /// Whether something else lies in the L1 table's clusters.
+    let movesL1: Bool
     private let keepsUnreferenced: Bool
     private let fileClusterCount: UInt64
     private let own: Range<UInt64>
@@ -16,7 +18,7 @@ struct RefcountRebuild {
 
     var description: String {
         "count all references anew in blocks at \(hex(tableOffset)) and behind"
-            + (l1Offset == header.l1Offset ? "" : ", and copy the L1 table to \(hex(l1Offset))")
+            + (movesL1 ? ", and copy the L1 table to \(hex(l1Offset))" : "")
     }
 
     /// - Parameters:
@@ -38,50 +40,28 @@ struct RefcountRebuild {
         counts = walk.counts
         let cluster = header.clusterByteCount
         fileClusterCount = (walk.fileByteCount &+ cluster &- 1) / cluster
-        let start = max(fileClusterCount, (counts.highestCluster ?? 0) &+ 1)
 
         let l1ByteCount = UInt64(header.l1EntryCount) &* 8
         let l1ClusterCount = (l1ByteCount &+ cluster &- 1) / cluster
         let firstOfL1 = header.l1Offset / cluster
-        let isL1Shared = (firstOfL1..<firstOfL1 &+ l1ClusterCount).contains {
-            walk.counts.count(of: $0) > 1
-        }
-        let movedL1 = isL1Shared ? l1ClusterCount : 0
-        l1Offset = isL1Shared ? start &* cluster : header.l1Offset
+        movesL1 = (firstOfL1..<firstOfL1 &+ l1ClusterCount).contains(where: counts.isShared)
+        let movedL1 = movesL1 ? l1ClusterCount : 0
         formerL1 = firstOfL1..<firstOfL1 &+ movedL1
 
-        // Clusters for the blocks and the table, which are counted themselves.
-        let format = RefcountFormat(order: header.refcountOrder)
-        let blockBits = UInt64(header.clusterBits) &+ 3 &- UInt64(header.refcountOrder)
-        var blocks: [UInt64] = []
-        var end = start &+ movedL1
-        while true {
-            var wanted = Set((start >> blockBits)...(end >> blockBits))
-            for range in counts.touchedRanges {
-                wanted.formUnion(
-                    range.lowerBound >> blockBits...(range.upperBound - 1) >> blockBits)
-            }
-            if keepsUnreferenced { wanted.formUnion(0...start >> blockBits) }
-            blocks = wanted.sorted()
-            let entries = (blocks.last ?? 0) &+ 1
-            let table = (entries &* 8 &+ cluster &- 1) / cluster
-            let needed = start &+ movedL1 &+ table &+ UInt64(blocks.count)
-            if needed <= end { break }
-            end = needed
-        }
-        own = start..<end
-        tableClusterCount = (((blocks.last ?? 0) &+ 1) &* 8 &+ cluster &- 1) / cluster
-        guard tableClusterCount &* cluster <= Limits.refcountTableByteCount else {
-            throw ImageError(
-                .corrupt("its refcounts cannot be rebuilt: the table would be too long"),
-                file: device.name)
-        }
-        tableOffset = (start &+ movedL1) &* cluster
+        let place = try Place(
+            walk, fileClusterCount: fileClusterCount, l1ClusterCount: movedL1,
+            isWholeFileCounted: keepsUnreferenced)
+        own = place.start..<place.end
+        l1Offset = movesL1 ? place.start &* cluster : header.l1Offset
+        tableClusterCount = place.tableClusterCount
+        tableOffset = (place.start &+ movedL1) &* cluster
         headerSector = try Header.read(512, at: 0, of: device)
 
+        let format = RefcountFormat(order: header.refcountOrder)
+        let blockBits = header.refcountBlockBits
         let firstBlock = tableOffset &+ tableClusterCount &* cluster
         var table = [UInt8](repeating: 0, count: Int(tableClusterCount &* cluster))
-        for (index, block) in blocks.enumerated() {
+        for (index, block) in place.blocks.enumerated() {
             let offset = firstBlock &+ UInt64(index) &* cluster
             table.storeBigEndian(offset, at: Int(block) * 8)
             var bytes = [UInt8](repeating: 0, count: Int(cluster))
@@ -94,7 +74,7 @@ struct RefcountRebuild {
             newStructures.append(RepairPlan.Edit(offset: offset, bytes: bytes))
         }
         newStructures.append(RepairPlan.Edit(offset: tableOffset, bytes: table))
-        if isL1Shared {
+        if movesL1 {
             let l1 = try Header.read(Int(l1ByteCount), at: header.l1Offset, of: device)
             newStructures.append(RepairPlan.Edit(offset: l1Offset, bytes: l1))
         }
@@ -103,7 +83,8 @@ struct RefcountRebuild {
     /// The count that a cluster gets.
     func count(of cluster: UInt64) -> UInt64 {
         if own.contains(cluster) { return 1 }
-        let found = counts.count(of: cluster) &- (formerL1.contains(cluster) ? 1 : 0)
+        let isLess = formerL1.contains(cluster) && !counts.hasMoreThanCounted(cluster)
+        let found = counts.count(of: cluster) &- (isLess ? 1 : 0)
         return found == 0 && keepsUnreferenced && cluster < fileClusterCount ? 1 : found
     }
 
@@ -125,5 +106,69 @@ struct RefcountRebuild {
         sector.storeBigEndian(
             UInt32(clamping: tableClusterCount), at: HeaderField.refcountTableClusterCount)
         return RepairPlan.Edit(offset: 0, bytes: sector)
+    }
+}
+
+/// The clusters that new refcount structures get: behind everything that the file has, and where
+/// nothing refers to, past the end of the file as it is.
+private struct Place {
+    private(set) var start: UInt64
+    /// Behind the L1 table's copy, the refcount table and its blocks.
+    private(set) var end: UInt64
+    private(set) var tableClusterCount: UInt64 = 0
+    /// The places in the table of the blocks that there are, ascending.
+    private(set) var blocks: [UInt64] = []
+
+    /// - Parameter isWholeFileCounted: Whether clusters without a reference have a count too.
+    /// - Throws: `.corrupt` where the table would be longer than it may be.
+    init(
+        _ walk: borrowing ReferenceWalk, fileClusterCount: UInt64, l1ClusterCount: UInt64,
+        isWholeFileCounted: Bool
+    ) throws(ImageError) {
+        let blockBits = walk.header.refcountBlockBits
+        var counted: Set<UInt64> = []
+        for range in walk.counts.touchedRanges {
+            counted.formUnion(range.lowerBound >> blockBits...(range.upperBound - 1) >> blockBits)
+        }
+        if isWholeFileCounted { counted.formUnion(0...fileClusterCount >> blockBits) }
+        let first = max(fileClusterCount, (walk.counts.highestCluster ?? 0) &+ 1)
+        let taken = walk.pastTheEnd.sorted { $0.lowerBound < $1.lowerBound }
+        var room: UInt64 = 0
+        while true {
+            var start = first
+            // The guest reads zeros there, and still shall.
+            for range in taken where range.lowerBound < start &+ room {
+                start = max(start, range.upperBound)
+            }
+            self = try Place(
+                from: start, l1ClusterCount: l1ClusterCount, counted, walk.header,
+                name: walk.device.name)
+            if end &- start <= room { return }
+            room = end &- start
+        }
+    }
+
+    private init(
+        from start: UInt64, l1ClusterCount: UInt64, _ counted: Set<UInt64>, _ header: Header,
+        name: String
+    ) throws(ImageError) {
+        let blockBits = header.refcountBlockBits
+        let cluster = header.clusterByteCount
+        self.start = start
+        end = start &+ l1ClusterCount
+        while true {
+            guard end >> blockBits < Limits.refcountTableByteCount / 8 else {
+                throw ImageError(
+                    .corrupt("its refcounts cannot be rebuilt: the table would be too long"),
+                    file: name)
+            }
+            // What is new is counted too.
+            blocks = counted.union(start >> blockBits...end >> blockBits).sorted()
+            let entryCount = (blocks.last ?? 0) &+ 1
+            tableClusterCount = (entryCount &* 8 &+ cluster &- 1) / cluster
+            let needed = start &+ l1ClusterCount &+ tableClusterCount &+ UInt64(blocks.count)
+            if needed <= end { return }
+            end = needed
+        }
     }
 }

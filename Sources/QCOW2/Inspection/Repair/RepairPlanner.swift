@@ -21,6 +21,9 @@ struct RepairPlanner {
     /// Whether counts may be lowered: not while references are hidden in damaged structures.
     private var mayLower: Bool { !examination.obstacles.contains(.hiddenReferences) }
 
+    /// Whether entries of tables may be changed: not while a repair of leaks finds more than them.
+    private var mayCorrect: Bool { scope == .all || examination.result.corruptionCount == 0 }
+
     mutating func plan() throws(ImageError) -> RepairPlan {
         if scope == .all, try needsRebuild() { return try planRebuild() }
         return try planInPlace()
@@ -30,12 +33,15 @@ struct RepairPlanner {
         var plan = RepairPlan()
         let rebuild = try RefcountRebuild(
             device, header: header, keepsUnreferenced: !mayLower)
-        let tables = try corrections { rebuild.count(of: $0) }
-        let l1Edits = rebuild.moved(tables.l1Edits)
-        plan.add(rebuild.newStructures + l1Edits, rebuild.description)
+        // What lies in an old refcount structure has its cluster alone from now on.
+        let tables = try corrections(rebuild.allCounts, movesL1: rebuild.movesL1) {
+            rebuild.count(of: $0)
+        }
+        let l1Copy = rebuild.movesL1 ? rebuild.moved(tables.l1Edits) : []
+        plan.add(rebuild.newStructures + l1Copy, rebuild.description)
         plan.add([rebuild.headerSwitch], "make the header refer to them")
         plan.add(
-            tables.edits,
+            (rebuild.movesL1 ? [] : tables.l1Edits) + tables.edits,
             "entries of L1 and L2 tables that are corrected: \(tables.changedEntryCount)")
         return plan
     }
@@ -46,12 +52,16 @@ struct RepairPlanner {
             let raised = try countEdits({ max($0, $1) }, counting: >)
             plan.add(raised.edits, "refcounts that are too low and are raised: \(raised.count)")
         }
-        if scope == .all || examination.result.corruptionCount == 0 {
+        // No count is believed, let alone changed, that may be something else.
+        if scope == .leaks, !mayLower || hasBrokenRefcounts() { return plan }
+        if mayCorrect {
             var stored = examination.stored
-            let tables = try corrections { cluster throws(ImageError) in
+            let tables = try corrections(examination.walk.counts) { cluster throws(ImageError) in
                 final(
                     try stored.count(of: cluster) ?? 0, examination.walk.counts.count(of: cluster))
             }
+            // A count that is lowered to 1 needs its flag.
+            guard scope == .all || tables.isComplete else { return plan }
             plan.add(
                 tables.l1Edits + tables.edits,
                 "entries of L1 and L2 tables that are corrected: \(tables.changedEntryCount)")
@@ -68,7 +78,7 @@ struct RepairPlanner {
         switch (scope, mayLower) {
         case (.all, true): found
         case (.all, false): max(stored, found)
-        case (.leaks, _): min(stored, found)
+        case (.leaks, _): found == 1 && !mayCorrect ? stored : min(stored, found)
         }
     }
 
@@ -76,10 +86,10 @@ struct RepairPlanner {
 
     /// Whether counts cannot be corrected where they are.
     private mutating func needsRebuild() throws(ImageError) -> Bool {
-        if examination.obstacles.contains(.brokenRefcounts) { return true }
+        if hasBrokenRefcounts() { return true }
         let bits = UInt64(header.clusterBits)
         let l1 = header.l1Offset >> bits..<header.l1Offset >> bits + l1ClusterCount
-        if l1.contains(where: { examination.walk.counts.count(of: $0) > 1 }) { return true }
+        if l1.contains(where: examination.walk.counts.isShared) { return true }
         for range in examination.walk.counts.touchedRanges {
             for cluster in range where examination.walk.counts.count(of: cluster) > 0 {
                 if examination.stored.blockOffset(examination.stored.blockIndex(of: cluster)) == 0 {
@@ -88,6 +98,16 @@ struct RepairPlanner {
             }
         }
         return false
+    }
+
+    /// Whether a refcount block lies where it cannot be, or where something else lies too.
+    private func hasBrokenRefcounts() -> Bool {
+        if examination.obstacles.contains(.brokenRefcounts) { return true }
+        return (0..<examination.stored.blockCount).contains {
+            let offset = examination.stored.blockOffset($0)
+            return offset != 0
+                && examination.walk.counts.isShared(offset >> UInt64(header.clusterBits))
+        }
     }
 
     private var l1ClusterCount: UInt64 {
@@ -129,15 +149,13 @@ struct RepairPlanner {
     /// COPIED corrected in the active tables, and, when everything is to be repaired, bits without
     /// a meaning cleared in all of them.
     private func corrections(
+        _ references: ReferenceCounts, movesL1: Bool = false,
         count: (UInt64) throws(ImageError) -> UInt64
     ) throws(ImageError) -> TableCorrections {
-        var tables = try TableCorrections(device, header, examination.walk.counts)
+        var tables = try TableCorrections(device, header, references, movesL1: movesL1)
         try tables.correctActive(count: count, clearsMeaningless: scope == .all)
         if scope == .all, examination.obstacles.contains(.meaninglessBits) {
-            for snapshot in try header.readSnapshots(from: device).snapshots {
-                try tables.clearMeaninglessBits(
-                    l1Offset: snapshot.l1Offset, entryCount: UInt64(snapshot.l1EntryCount))
-            }
+            try tables.clearMeaninglessBitsOfSnapshots()
         }
         return tables
     }

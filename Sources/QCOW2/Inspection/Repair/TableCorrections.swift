@@ -5,10 +5,15 @@ struct TableCorrections {
     /// Edits of the active L1 table.
     private(set) var l1Edits: [RepairPlan.Edit] = []
     private(set) var changedEntryCount = 0
+    /// Whether every table could be looked at, none being something else besides.
+    private(set) var isComplete = true
 
     private let device: any BlockDevice
     private let header: Header
     private let clusterBits: UInt64
+    private let snapshots: [Snapshot]
+    /// Whether the edits of the active L1 table are for a copy of it.
+    private let movesL1: Bool
     private var seen: Set<UInt64> = []
     /// References to every cluster, and those to every L2 table from L1 tables.  Where there are
     /// more of the former, guest data or something else shares the table's cluster, and a change
@@ -17,14 +22,20 @@ struct TableCorrections {
     private var tableReferences: [UInt64: UInt64] = [:]
 
     init(
-        _ device: any BlockDevice, _ header: Header, _ counts: ReferenceCounts
+        _ device: any BlockDevice, _ header: Header, _ counts: ReferenceCounts,
+        movesL1: Bool = false
     ) throws(ImageError) {
         self.device = device
+        self.movesL1 = movesL1
         self.header = header
         self.counts = counts
         clusterBits = UInt64(header.clusterBits)
+        snapshots = try header.readSnapshots(from: device).snapshots.filter { snapshot in
+            // Whatever lies where another says its table is, it is no table.
+            (try? snapshot.check(clusterByteCount: header.clusterByteCount)) != nil
+        }
         try countTables(header.l1Offset, UInt64(header.l1EntryCount))
-        for snapshot in try header.readSnapshots(from: device).snapshots {
+        for snapshot in snapshots {
             try countTables(snapshot.l1Offset, UInt64(snapshot.l1EntryCount))
         }
     }
@@ -40,7 +51,15 @@ struct TableCorrections {
     }
 
     private func isShared(_ table: UInt64) -> Bool {
-        counts.count(of: table >> clusterBits) > tableReferences[table] ?? 0
+        let cluster = table >> clusterBits
+        return counts.count(of: cluster) > tableReferences[table] ?? 0
+            || counts.hasMoreThanCounted(cluster)
+    }
+
+    private func isShared(l1 range: Range<UInt64>) -> Bool {
+        range.lowerBound < range.upperBound
+            && (range.lowerBound >> clusterBits...(range.upperBound &- 1) >> clusterBits)
+                .contains(where: counts.isShared)
     }
 
     /// Sets COPIED in the active tables where `count` of the target, a cluster, is 1, and only
@@ -65,15 +84,17 @@ struct TableCorrections {
         }
     }
 
-    /// Clears bits without a meaning in the tables of a snapshot.
-    mutating func clearMeaninglessBits(
-        l1Offset: UInt64, entryCount: UInt64
-    ) throws(ImageError) {
+    /// Clears bits without a meaning in the tables of the snapshots.
+    mutating func clearMeaninglessBitsOfSnapshots() throws(ImageError) {
         let header = header
-        try correct(l1Offset: l1Offset, entryCount: entryCount) { entry in
-            entry.bits & (L1Entry.offsetMask | L1Entry.copied)
-        } l2: {
-            Self.meaningful($0, header)
+        for snapshot in snapshots {
+            try correct(
+                l1Offset: snapshot.l1Offset, entryCount: UInt64(snapshot.l1EntryCount)
+            ) { entry in
+                entry.bits & (L1Entry.offsetMask | L1Entry.copied)
+            } l2: {
+                Self.meaningful($0, header)
+            }
         }
     }
 
@@ -104,12 +125,17 @@ struct TableCorrections {
             tables.append(entry.offset)
             return (try l1(entry), 0)
         }
-        if let edit, l1Offset == header.l1Offset {
-            l1Edits.append(edit)
-        } else if let edit, counts.count(of: l1Offset >> clusterBits) == 1 {
-            edits.append(edit)
+        let isActive = l1Offset == header.l1Offset
+        if !(isActive && movesL1), isShared(l1: l1Offset..<l1Offset &+ entryCount &* 8) {
+            isComplete = false
+        } else if let edit {
+            if isActive { l1Edits.append(edit) } else { edits.append(edit) }
         }
-        for table in tables where seen.insert(table).inserted && !isShared(table) {
+        for table in tables where seen.insert(table).inserted {
+            guard !isShared(table) else {
+                isComplete = false
+                continue
+            }
             let edit = try correctedTable(
                 at: table, byteCount: Int(header.clusterByteCount),
                 entryByteCount: Int(header.l2EntryByteCount)
