@@ -247,6 +247,49 @@ struct RepairTests {
         #expect(try Command.shell("sha256sum < \(image)") == written)
     }
 
+    @Test("every bit is as before when a repair is taken back, marks and all")
+    func undoEverything() throws {
+        try storeCount(0, of: 5)
+        try storeCount(7, of: 6)
+        for marks: UInt64 in [0, 1, 2, 3] {
+            try store(marks, at: 72)
+            let before = try Command.shell("sha256sum < \(image)")
+            let repair = try ImageRepair(path: image, scope: .all)
+            #expect(repair.check.corruptionCount == 0)
+            try ImageRepair.undo(path: image, undoPath: try #require(repair.undoPath))
+            #expect(try Command.shell("sha256sum < \(image)") == before, "marks \(marks)")
+        }
+        // What cannot be repaired gets the corrupt bit.
+        try store(0, at: 72)
+        try store(0x50200 | Self.copied, at: Self.l2)
+        let before = try Command.shell("sha256sum < \(image)")
+        let repair = try ImageRepair(path: image, scope: .all)
+        #expect(repair.check.corruptionCount > 0)
+        try ImageRepair.undo(path: image, undoPath: try #require(repair.undoPath))
+        #expect(try Command.shell("sha256sum < \(image)") == before)
+    }
+
+    @Test("a repair that was interrupted can be taken back")
+    func undoInterrupted() throws {
+        try storeCount(0, of: 5)
+        try storeCount(7, of: 6)
+        try store(0x50000, at: Self.l2)
+        let before = try Command.shell("sha256sum < \(image)")
+        for call in 0..<3 {
+            let undo = folder.file("undo-\(call)")
+            let device = try FileDevice(path: image, access: .readWrite)
+            #expect(throws: ImageError.self) {
+                try ImageRepair(
+                    on: FaultyDevice(device, .init(.write, call: call)), scope: .all,
+                    undoPath: undo)
+            }
+            device.close()
+            #expect((try Command.shell("sha256sum < \(image)") == before) == (call == 0))
+            try ImageRepair.undo(path: image, undoPath: undo)
+            #expect(try Command.shell("sha256sum < \(image)") == before)
+        }
+    }
+
     @Test("whatever is damaged, a repair changes nothing that the guest can read")
     func randomDamage() throws {
         let seed = TestEnvironment.seed

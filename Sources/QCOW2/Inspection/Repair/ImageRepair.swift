@@ -49,18 +49,23 @@ public struct ImageRepair: Sendable {
         let before = try Examination(device, report: report, progress: progress)
         var planner = RepairPlanner(device, before, scope)
         let plan = try planner.plan()
-        self.undoPath = plan.isEmpty ? nil : undoPath
-        if !plan.isEmpty {
-            for line in plan.lines { announce(line) }
-            if let undoPath { try UndoFile.write(plan, of: device, to: undoPath) }
-            try plan.execute(on: device)
+        let marks = HeaderMarks(before.header, scope)
+        let isSound = plan.isEmpty && marks.edit(after: before.result) == nil
+        self.undoPath = isSound ? nil : undoPath
+        for line in plan.lines { announce(line) }
+        if plan.isEmpty, !isSound { announce("set the dirty and corrupt bits right") }
+        if !isSound, let undoPath {
+            // What a second check will find is not known yet.
+            let edits = Array(plan.stages.joined()) + marks.possibleEdits
+            try UndoFile.write(edits, of: device, to: undoPath)
         }
+        try plan.execute(on: device)
         let after = plan.isEmpty ? before.result : try Examination(device).result
         check = after
         fixedCorruptionCount = before.result.corruptionCount.saturatingDifference(
             after.corruptionCount)
         fixedLeakCount = before.result.leakCount.saturatingDifference(after.leakCount)
-        try Self.settleMarks(of: device, before.header, after, scope)
+        if let edit = marks.edit(after: after) { try RepairPlan(edit).execute(on: device) }
     }
 
     /// Puts back the metadata that a repair has replaced and saved at `undoPath`.
@@ -85,31 +90,6 @@ public struct ImageRepair: Sendable {
         } catch {
             device.close()
             throw error
-        }
-    }
-
-    /// The dirty and corrupt bits go when nothing is wrong any more; what could not be repaired
-    /// marks the image corrupt.
-    private static func settleMarks(
-        of device: any BlockDevice, _ header: Header, _ check: ImageCheck, _ scope: Scope
-    ) throws(ImageError) {
-        guard header.version >= 3 else { return }
-        var features = header.incompatibleFeatures
-        if check.corruptionCount == 0 && check.errorCount == 0 {
-            features.subtract([.dirty, .corrupt])
-        } else if scope == .all {
-            features.insert(.corrupt)
-        }
-        guard features != header.incompatibleFeatures else { return }
-        var bits = [UInt8](repeating: 0, count: 8)
-        bits.storeBigEndian(features.rawValue, at: 0)
-        do throws(SystemError) {
-            try bits.withRawBytes { bytes throws(SystemError) in
-                try device.write(bytes, at: UInt64(HeaderField.incompatibleFeatures))
-            }
-            try device.flush()
-        } catch {
-            throw ImageError(.system(error, operation: "cannot write"), file: device.name)
         }
     }
 }

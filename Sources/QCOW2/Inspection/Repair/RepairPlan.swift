@@ -11,6 +11,11 @@ struct RepairPlan {
     /// What is going to be done, a sentence each.
     private(set) var lines: [String] = []
 
+    init() {}
+
+    /// One that changes one place.
+    init(_ edit: Edit) { stages = [[edit]] }
+
     var isEmpty: Bool { stages.isEmpty }
 
     /// Adds a stage unless it has nothing to do.

@@ -16,9 +16,9 @@ enum UndoFile {
 
     private static let magic = Array("qcowfs undo 1\n\0\0".utf8)
 
-    /// Writes what `plan` is going to replace to a new file at `path`.
+    /// Writes what `edits` replace, or may replace, to a new file at `path`.
     static func write(
-        _ plan: RepairPlan, of device: any BlockDevice, to path: String
+        _ edits: some Sequence<RepairPlan.Edit>, of device: any BlockDevice, to path: String
     ) throws(ImageError) {
         let target = try FileReplacement(of: path)
         let file = target.device
@@ -32,7 +32,7 @@ enum UndoFile {
             }
             let length = try device.byteCount()
             try append(magic + bigEndian(length))
-            for edit in plan.stages.joined() {
+            for edit in edits {
                 var old = [UInt8](repeating: 0, count: edit.bytes.count)
                 try old.withMutableRawBytes { buffer throws(SystemError) in
                     try device.readPadded(into: buffer, at: edit.offset)
@@ -47,7 +47,8 @@ enum UndoFile {
         try target.commit()
     }
 
-    /// Puts back what the file at `path` holds, if nothing has changed it since the repair.
+    /// Puts back what the file at `path` holds, if nothing but the repair, which may have been
+    /// interrupted, has changed it since.
     static func restore(
         _ path: String, to device: any BlockDevice
     ) throws(ImageError) {
@@ -55,16 +56,10 @@ enum UndoFile {
         defer { file.close() }
         let records = try readRecords(of: file)
         do throws(SystemError) {
-            for record in records.edits {
-                var now = [UInt8](repeating: 0, count: record.new.count)
-                try now.withMutableRawBytes { buffer throws(SystemError) in
-                    try device.readPadded(into: buffer, at: record.offset)
-                }
-                guard now == record.new || now == record.old else {
-                    throw SystemError(code: 116)  // ESTALE
-                }
+            for group in overlapping(records.edits) where try !isUntouched(group, on: device) {
+                throw SystemError(code: 116)  // ESTALE
             }
-            for record in records.edits.reversed() {
+            for record in records.edits {
                 try record.old.withRawBytes { bytes throws(SystemError) in
                     try device.write(bytes, at: record.offset)
                 }
@@ -82,10 +77,47 @@ enum UndoFile {
         }
     }
 
+    /// Records in groups whose places overlap, because one step changed what another had written.
+    private static func overlapping(_ records: [Record]) -> [[Record]] {
+        var groups: [[Record]] = []
+        var end: UInt64 = 0
+        for record in records.sorted(by: { $0.offset < $1.offset }) {
+            if record.offset < end {
+                groups[groups.count - 1].append(record)
+            } else {
+                groups.append([record])
+            }
+            end = max(end, record.end)
+        }
+        return groups
+    }
+
+    /// Whether each byte is what one of the records of a group says, before or after.
+    private static func isUntouched(
+        _ group: [Record], on device: any BlockDevice
+    ) throws(SystemError) -> Bool {
+        guard let start = group.first?.offset, let end = group.map(\.end).max() else { return true }
+        var now = [UInt8](repeating: 0, count: Int(end - start))
+        try now.withMutableRawBytes { buffer throws(SystemError) in
+            try device.readPadded(into: buffer, at: start)
+        }
+        var isKnown = [Bool](repeating: false, count: now.count)
+        for record in group {
+            let first = Int(record.offset - start)
+            for (index, (old, new)) in zip(record.old, record.new).enumerated()
+            where now[first + index] == old || now[first + index] == new {
+                isKnown[first + index] = true
+            }
+        }
+        return isKnown.allSatisfy { $0 }
+    }
+
     private struct Record {
         let offset: UInt64
         let old: [UInt8]
         let new: [UInt8]
+
+        var end: UInt64 { offset &+ UInt64(new.count) }
     }
 
     private static func readRecords(
@@ -110,7 +142,8 @@ enum UndoFile {
         var position = magic.count + 8
         while position < bytes.count {
             guard let offset = number(position), let stored = number(position + 8),
-                let count = Int(exactly: stored), count <= (bytes.count - position - 16) / 2
+                let count = Int(exactly: stored), count <= (bytes.count - position - 16) / 2,
+                offset <= UInt64(Int64.max) - stored
             else { throw strange }
             let start = position + 16
             records.append(
