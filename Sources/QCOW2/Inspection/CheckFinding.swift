@@ -37,8 +37,8 @@ public enum CheckFinding: Sendable, Equatable {
     case zeroMisaligned(entry: UInt64)
     /// A bitmap directory that cannot be right.
     case bitmapDirectory(FormatError)
-    /// A bitmap table that cannot be right.
-    case bitmapTable(name: String, FormatError)
+    /// A bitmap of an unknown type, with unknown flags or data: QEMU opens no image that has one.
+    case bitmapNotUnderstood(name: String)
     /// An entry of a bitmap table with bits set that should be 0.
     case bitmapEntryReserved(name: String, index: UInt64, entry: UInt64)
     /// Something that lies past the largest host offset; in bytes.
@@ -105,7 +105,7 @@ extension CheckFinding {
 
     var obstacles: Obstacles {
         switch self {
-        case .snapshotTable, .l2TableMisaligned, .bitmapDirectory, .bitmapTable,
+        case .snapshotTable, .l2TableMisaligned, .bitmapDirectory, .bitmapNotUnderstood,
             .bitmapEntryReserved:
             .hiddenReferences
         case .refcountTableEntryReserved, .refcountBlockMisaligned, .refcountBlockOutside,
@@ -146,7 +146,8 @@ extension CheckFinding: CustomStringConvertible {
         case .zeroMisaligned(let entry):
             "L2 entry \(hex(entry)) reads as zeros and points inside a cluster"
         case .bitmapDirectory(let error): "bitmap directory: \(error)"
-        case .bitmapTable(let name, let error): "bitmap '\(name)': \(error)"
+        case .bitmapNotUnderstood(let name):
+            "bitmap '\(name)' has a type, flags or data that nobody knows"
         case .bitmapEntryReserved(let name, let index, let entry):
             "bitmap '\(name)': table entry \(index) makes no sense (\(hex(entry)))"
         case .pastTheEnd(let offset, let byteCount):

@@ -237,6 +237,7 @@ package struct ReferenceWalk {
     }
 
     private mutating func count(_ bitmap: BitmapEntry) throws(ImageError) {
+        if !bitmap.isUnderstood { report(.bitmapNotUnderstood(name: bitmap.name)) }
         let entryCount = UInt64(bitmap.tableEntryCount)
         count(bitmap.tableOffset, entryCount &* 8)
         var clusters: [UInt64] = []
