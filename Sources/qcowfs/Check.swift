@@ -39,11 +39,12 @@ struct Check: Verb {
             return try Repairing(image: image, output: output, progress: progress).run(repair)
         }
         let bar = progress.report(of: "check")
+        let findings = FindingLines(clearing: bar)
         let check = try ImageCheck(
             path: image, locking: isShared ? .forceShare : .required, threadCount: 4,
-            report: { $0.print(clearing: bar) }, progress: bar?.update)
+            report: findings.add, progress: bar?.update)
         bar?.finish()
-        return try CheckReport(check: check, image: image).print(output.form)
+        return try CheckReport(check: check, image: image).print(output.form, findings)
     }
 }
 
@@ -52,11 +53,37 @@ enum RepairScope: String, ExpressibleByArgument, CaseIterable {
     case leaks, all
 }
 
-extension CheckFinding {
-    /// A line on standard error.
-    func print(clearing bar: ProgressReport?) {
-        bar?.clear()
-        Failure.writeToStandardError("\(severity.word): \(Failure.oneLine(description))\n")
+/// The findings of a check, a line each on standard error.
+///
+/// They wait for the end of it: a check that has no result says so in one line, and nothing else.
+final class FindingLines {
+    /// More lines than this do not wait.
+    private static let mostHeld = 1 << 16
+
+    private var held: [String] = []
+    private var areShown = false
+    /// The first thing that could not be checked.
+    private(set) var obstacle: String?
+    private let bar: ProgressReport?
+
+    init(clearing bar: ProgressReport?) { self.bar = bar }
+
+    func add(_ finding: CheckFinding) {
+        let text = Failure.oneLine(finding.description)
+        if finding.severity == .unchecked {
+            obstacle = obstacle ?? text
+            return
+        }
+        held.append("\(finding.severity.word): \(text)\n")
+        if areShown || held.count > Self.mostHeld { show() }
+    }
+
+    /// Prints what waits; what comes later does not wait.
+    func show() {
+        areShown = true
+        if !held.isEmpty { bar?.clear() }
+        for line in held { Failure.writeToStandardError(line) }
+        held.removeAll()
     }
 }
 
@@ -78,10 +105,15 @@ struct CheckReport {
     var fixedLeakCount: UInt64 = 0
 
     /// Prints the result and returns the exit status that it stands for.
-    func print(_ form: OutputOptions.Form) throws -> Int32 {
+    func print(_ form: OutputOptions.Form, _ findings: FindingLines) throws -> Int32 {
         guard check.errorCount == 0 else {
-            throw Failure(image, "\(check.errorCount) clusters could not be checked")
+            let reason = findings.obstacle.map { ": \($0)" } ?? ""
+            throw Failure(
+                image,
+                "\(check.errorCount) clusters could not be checked\(reason); "
+                    + "repair counts all references anew")
         }
+        findings.show()
         switch form {
         case .json: Swift.print(json.text)
         case .human: Swift.print(text)

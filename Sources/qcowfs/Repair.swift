@@ -39,10 +39,11 @@ struct Repairing {
 
     func run(_ scope: RepairScope) throws -> Int32 {
         let bar = progress.report(of: "check")
+        let findings = FindingLines(clearing: bar)
         let repair = try ImageRepair(
-            path: image, scope: scope == .all ? .all : .leaks,
-            report: { $0.print(clearing: bar) },
+            path: image, scope: scope == .all ? .all : .leaks, report: findings.add,
             announce: {
+                findings.show()
                 bar?.clear()
                 Failure.writeToStandardError("repair: \($0)\n")
             }, progress: bar?.update)
@@ -54,6 +55,6 @@ struct Repairing {
         return try CheckReport(
             check: repair.check, image: image, fixedCorruptionCount: repair.fixedCorruptionCount,
             fixedLeakCount: repair.fixedLeakCount
-        ).print(output.form)
+        ).print(output.form, findings)
     }
 }

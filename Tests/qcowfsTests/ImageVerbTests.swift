@@ -126,6 +126,20 @@ struct ImageVerbTests {
         #expect(try Command.require("sha256sum", image) == sum)
     }
 
+    @Test("a check without a result is exit 1 and one line, whatever it has met before")
+    func unchecked() throws {
+        try makeImage(image)
+        let file = try TestFile(image, O_RDWR)
+        // The last L2 entry of the first table has a reserved bit, and the counts lie nowhere.
+        try file.write([0, 0, 0, 0, 0, 0, 0, 2], at: 0x40000 + 8191 * 8)
+        try file.write([0x80, 0, 0, 0, 0, 2, 0, 0], at: 0x10000)
+        for words in [[], ["--json"], ["--repair", "leaks"]] {
+            let result = try Command.run([TestEnvironment.program, "check"] + words + [image])
+            expectRefusal(result, naming: "could not be checked", "repair")
+        }
+        #expect(try qcowfs("check", "--repair", "all", image).status == 0)
+    }
+
     @Test("Trap 71: check and info change nothing, not even on what they cannot read")
     func untouched() throws {
         try makeImage(image)
