@@ -101,6 +101,18 @@ struct ConvertPipeTests {
         }
     }
 
+    @Test("a pipe becomes an image of every cluster size")
+    func clusterSizes() throws {
+        for bits in 9...21 {
+            let layout = "cluster_size=\(1 << bits)"
+            for options in bits < 14 ? [layout] : [layout, layout + ",extended_l2=on"] {
+                try Command.shell(
+                    "cat \(raw) | \(program) convert -f raw -O qcow2 -o \(options) - \(target)")
+                try expectSame(target)
+            }
+        }
+    }
+
     @Test("a reader that goes away is one sentence and exit 1, not a signal")
     func brokenPipe() throws {
         for words in ["", "-O qcow2"] {

@@ -193,11 +193,11 @@ extension Conversion {
                 "a disk whose length is not known yet gets no external data file", stream.name)
         }
         // As large as one cluster of the L1 table allows; it is cut to measure in the end.
-        let perTable = options.clusterByteCount / options.l2EntryByteCount
-        let first = perTable * options.clusterByteCount * (options.clusterByteCount / 8)
-        let start = min(first, Limits.virtualByteCount & ~511)
-        let image = try newImage(on: device, size: start, options)
-        let most = min(first / (options.clusterByteCount / 8) * Limits.l1ByteCount / 8, start << 20)
+        let cluster = options.clusterByteCount
+        let perTable = cluster / options.l2EntryByteCount * cluster
+        let limit = Limits.virtualByteCount & ~511
+        let image = try newImage(on: device, size: min(perTable * (cluster / 8), limit), options)
+        let most = min(perTable * (Limits.l1ByteCount / 8), limit)
         let grow = { (end: UInt64) throws(ImageError) in
             guard end > image.size else { return }
             let wanted = max((end + 511) & ~511, min(image.size * 4, most))
