@@ -9,6 +9,11 @@ extension Mounts {
     /// - Throws: where it is not mounted or busy, and where the images could not be written.
     public static func unmount(_ mountpoint: String, timeout: Double? = nil) throws(MountError) {
         let entry = try entry(at: mountpoint)
+        if let owner = entry.userID, geteuid() != 0, owner != geteuid() {
+            throw MountError(
+                entry.mountpoint,
+                "mounted by another user (id \(owner)): that user or root can unmount it")
+        }
         guard let client = ControlClient(entry) else {
             return try unmountWithoutDaemon(entry, timeout: timeout)
         }
@@ -48,10 +53,6 @@ extension Mounts {
         } catch {
             guard error.code == EBUSY else { throw MountError(entry.mountpoint, error) }
             let users = BusyMount.users(of: entry.mountpoint)
-            if users == nil, geteuid() != 0, entry.userID != geteuid() {
-                throw MountError(
-                    entry.mountpoint, "mounted by another user (id \(entry.userID ?? 0))")
-            }
             throw MountError(
                 entry.mountpoint, users.map { "busy: used by \($0)" } ?? "busy: somebody uses it")
         }

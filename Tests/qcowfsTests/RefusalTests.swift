@@ -101,6 +101,25 @@ struct RefusalTests {
         }
     }
 
+    @Test("another user's mount is not taken away")
+    func mountOfAnotherUser() throws {
+        guard geteuid() == 0 else { return }
+        let folder = try TemporaryDirectory(in: "/tmp")
+        chmod(folder.path, 0o755)
+        let image = folder.file("disk.qcow2")
+        try makeImage(image)
+        let mount = try TestMount(image, in: folder)
+        let result = try Command.run([
+            "setpriv", "--reuid=65534", "--regid=65534", "--clear-groups",
+            TestEnvironment.program, "umount", mount.mountpoint,
+        ])
+        if result.errors.contains("ermission denied") && result.errors.contains("exec") {
+            return  // the program lies where that user cannot go
+        }
+        expectRefusal(result, naming: mount.mountpoint, "another user (id 0)", "root can")
+        try mount.unmount()
+    }
+
     @Test("an unprivileged user without permission to write is told of --read-only")
     func readableOnly() throws {
         guard geteuid() == 0 else { return }
