@@ -64,6 +64,18 @@ struct ExposedFileTests {
         }
     }
 
+    @Test("written back, says ENOSPC of what went past the end at fsync, and has its size by then")
+    func writesBackPastTheEnd() throws {
+        try onDisk(mountOptions: ["--writeback", "on"]) { (file, _) throws in
+            let bytes = [UInt8](repeating: 0x77, count: 200)
+            for _ in 0..<20 {
+                try file.write(bytes, at: Self.size - 100)
+                expectError(ENOSPC) { try file.sync() }
+                #expect(try file.byteCount() == Self.size)
+            }
+        }
+    }
+
     @Test("opens for writing with EROFS on a read-only mount")
     func readOnly() throws {
         try onDisk(mountOptions: ["--read-only"], flags: O_RDONLY) { (file, mount) throws in

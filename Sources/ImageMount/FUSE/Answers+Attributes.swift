@@ -3,12 +3,16 @@ internal import Glibc
 internal import QCOW2
 
 func answerGetAttributes(
-    _ number: fuse_ino_t, _ context: borrowing MountContext, _ reply: consuming Reply
+    _ number: fuse_ino_t, by caller: pid_t, _ context: borrowing MountContext,
+    _ reply: consuming Reply
 ) {
     guard let node = context.node(number) else {
         return reply.attributes(context.appearance.directory, validFor: context.nameValidity)
     }
-    if context.writesBack { context.ownAccess.waitForSize(of: number) }
+    // Who tells the kernel the size asks too, and would wait for itself.
+    if context.writesBack, !context.ownAccess.isOwn(thread: caller) {
+        context.ownAccess.waitForSize(of: number)
+    }
     do throws(SystemError) {
         let status = try status(of: node, context)
         // While the kernel has the wrong size, it is to ask again each time.

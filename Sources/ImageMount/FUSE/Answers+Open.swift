@@ -11,7 +11,7 @@ func answerOpen(
     guard !isWriter || !(context.isReadOnly || node.pointee.source.isReadOnly) else {
         return reply.status(EROFS)
     }
-    let isOwn = context.ownAccess.isFlushing(thread: caller)
+    let isOwn = context.ownAccess.isOwn(thread: caller)
     do throws(SystemError) {
         // What a kernel holds back while it writes back must be seen by direct requests too: with
         // cached handles it looks after that itself.

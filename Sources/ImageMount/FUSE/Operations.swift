@@ -21,7 +21,8 @@ extension fuse_lowlevel_ops {
             serve(request) { answerLookUp(name, $0, $1) }
         }
         operations.getattr = { request, number, _ in
-            serve(request) { answerGetAttributes(number, $0, $1) }
+            guard let caller = fuse_req_ctx(request)?.pointee.pid else { return refuse(request) }
+            serve(request) { answerGetAttributes(number, by: caller, $0, $1) }
         }
         operations.setattr = { request, number, wanted, mask, info in
             guard let wanted else { return refuse(request) }

@@ -20,8 +20,8 @@ final class OwnAccess: Sendable {
     private let queue = Mutex(Queue())
     private let wakeUp: Semaphore
     private let sizeWakeUp = Semaphore()
-    /// Threads that are opening a file of the mount for flushing.
-    private let flushingThreads = Mutex<Set<pid_t>>([])
+    /// Threads that are opening a file of the mount for flushing, or telling its size.
+    private let ownThreads = Mutex<Set<pid_t>>([])
     private let session = Mutex<SessionHandle?>(nil)
 
     private struct Queue: Sendable {
@@ -89,9 +89,16 @@ final class OwnAccess: Sendable {
 // MARK: Flushing
 
 extension OwnAccess {
-    /// Whether `thread` is one of ours, opening a file in order to flush it.
-    func isFlushing(thread: pid_t) -> Bool {
-        flushingThreads.withLock { !$0.isEmpty && $0.contains(thread) }
+    /// Whether `thread` is one of ours, asking the kernel something about a file of the mount.
+    func isOwn(thread: pid_t) -> Bool {
+        ownThreads.withLock { !$0.isEmpty && $0.contains(thread) }
+    }
+
+    private func asOwnThread<Result>(_ body: () -> Result) -> Result {
+        let thread = gettid()
+        ownThreads.withLock { _ = $0.insert(thread) }
+        defer { ownThreads.withLock { _ = $0.remove(thread) } }
+        return body()
     }
 
     /// Makes the kernel hand over every dirty page of every file that may have some.
@@ -150,10 +157,7 @@ extension OwnAccess {
     /// Opens a file of the mount, or its directory, without counting as a client; -1 and `errno` on
     /// failure.
     func open(_ path: String) -> Int32 {
-        let thread = gettid()
-        flushingThreads.withLock { _ = $0.insert(thread) }
-        defer { flushingThreads.withLock { _ = $0.remove(thread) } }
-        return Glibc.open(path, O_RDONLY | O_CLOEXEC | O_NOFOLLOW)
+        asOwnThread { Glibc.open(path, O_RDONLY | O_CLOEXEC | O_NOFOLLOW) }
     }
 
     func path(of node: UnsafeMutablePointer<FileNode>) -> String {
@@ -306,6 +310,6 @@ extension OwnAccess {
     /// Sets the file to the size it has.
     func tellSize(of node: UnsafeMutablePointer<FileNode>) {
         guard let size = node.pointee.withOpenImage({ $0.pointee.size }) else { return }
-        _ = Glibc.truncate(path(of: node), off_t(clamping: size))
+        _ = asOwnThread { Glibc.truncate(path(of: node), off_t(clamping: size)) }
     }
 }
