@@ -32,6 +32,13 @@ struct Mount: Verb {
     }
 
     func perform() throws -> Int32 {
+        if flags.remount {
+            throw Failure(
+                paths.last ?? "",
+                "the options of a mount cannot be changed: unmount it, and mount it again")
+        }
+        // What mount(8) does when it does not mount.
+        if flags.fake { return 0 }
         let log = try LogOutput(file: flags.logFile, isForeground: flags.foreground)
         let level = Logger.Level(rawValue: flags.logLevel) ?? .notice
         let logger = Logger(label: "qcowfs") { _ in LineHandler(log, level: level) }

@@ -14,6 +14,12 @@ struct MountFlags: ParsableArguments {
     @Flag(name: [.short, .long], help: "Stay in the foreground.")
     var foreground = false
 
+    @Flag(help: .hidden)
+    var fake = false
+
+    @Flag(help: .hidden)
+    var remount = false
+
     @Option(
         name: .customShort("o"), parsing: .unconditionalSingleValue,
         help: ArgumentHelp(

@@ -53,6 +53,7 @@ enum MountHelperForm {
             {
                 // A cluster such as `-sv`; `-w` and `-r` say what the options say too.
                 if argument.contains("r") { kept.append("--read-only") }
+                if argument.contains("f") { kept.append("--fake") }
             } else {
                 kept.append(argument)
             }

@@ -248,6 +248,17 @@ struct MountHelperTests {
         #expect(!said.hasSuffix(".qcow2\n"), "\(said)")
     }
 
+    @Test("mount -f mounts nothing, and a mount that is there keeps its options")
+    func fakeAndRemount() throws {
+        let said = try withHelper(
+            """
+            mount -f -t qcowfs 'my disk.qcow2' mnt
+            ! mountpoint -q mnt
+            ! sbin/mount.qcowfs 'my disk.qcow2' mnt -o remount,ro 2>&1
+            """)
+        #expect(said.hasPrefix("qcowfs: mount: mnt: the options of a mount"), "\(said)")
+    }
+
     @Test("a line of fstab mounts once, however often it is asked to", arguments: ["", "fuse."])
     func fstab(prefix: String) throws {
         let said = try withHelper(
