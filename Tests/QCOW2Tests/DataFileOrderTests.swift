@@ -49,6 +49,7 @@ struct DataFileOrderTests {
         #expect(throws: ImageError.self) { try image.flush() }
         let momentCount = pair.image.moments.count
         #expect(throws: ImageError.self) { try image.write([2], at: 65536) }
+        #expect(throws: ImageError.self) { try image.resize(to: image.size + 512) }
         #expect(throws: ImageError.self) { try image.flush() }
         #expect(throws: ImageError.self) { try image.close() }
         #expect(data.failed && pair.image.moments.count == momentCount)

@@ -186,6 +186,14 @@ struct HeaderValidationTests {
                 image.put(UInt32(512 - 120), at: 116)
                 return image
             }),
+        Case(
+            "an extension that ends behind the first cluster", .malformed,
+            image: {
+                var image = HeaderValidationTests.image(clusterBits: 9).build()
+                image.put(UInt32(0x1234_5678), at: 112)
+                image.put(UInt32(512), at: 116)
+                return image
+            }),
         Case("an extension that leaves the area", .malformed) {
             $0.put(UInt32(0x1234_5678), at: extensionArea)
             $0.put(UInt32.max >> 1, at: extensionArea + 4)
