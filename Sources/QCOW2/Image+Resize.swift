@@ -125,10 +125,15 @@ extension Image {
     private func giveBackSpace(of range: Range<UInt64>) throws(ImageError) {
         var offset = (range.lowerBound &+ map.clusterMask) & ~map.clusterMask
         while offset < min(range.upperBound, size) {
-            let extent = try map.extent(at: offset, limit: size &- offset)
-            // Zeros of the file are no zeros of an encrypted disk.
-            if extent.hasCluster, extent.kind != .data || !top.isEncrypted {
-                top.data.punchHole(extent.host..<extent.host &+ extent.byteCount)
+            var extent = try map.extent(at: offset, limit: size &- offset)
+            if extent.hasCluster {
+                // Clusters of zeros that follow one another may lie anywhere.
+                let clusterEnd = (offset | map.clusterMask) &+ 1
+                extent = try map.extent(at: offset, limit: min(clusterEnd, size) &- offset)
+                // Zeros of the file are no zeros of an encrypted disk.
+                if extent.kind != .data || !top.isEncrypted {
+                    top.data.punchHole(extent.host..<extent.host &+ extent.byteCount)
+                }
             }
             offset &+= extent.byteCount
         }

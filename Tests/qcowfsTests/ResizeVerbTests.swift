@@ -14,6 +14,36 @@ struct ResizeVerbTests {
     }
 
     @Test(
+        "a disk that finds no room to grow keeps its bytes, wherever its new clusters were to lie",
+        .enabledWhereLoopable, arguments: ["metadata", "falloc", "full"], [512, 65536])
+    func noRoomForScatteredClusters(preallocation: String, clusterByteCount: Int) throws {
+        let small = try folder.directory("small")
+        try Command.require("mount", "-t", "tmpfs", "-o", "size=20m", "none", small)
+        defer { _ = try? Command.run(["umount", small]) }
+        let image = small + "/disk.qcow2"
+        // The old L1 table's place is the first that new clusters get.
+        try makeImage(
+            image, size: 26.KiB, options: ["cluster_size=\(clusterByteCount)"],
+            commands: ["write -q -P 0x6d 0 26k"])
+        for room in [64.KiB, 200.KiB, 1.MiB] {
+            let fill = small + "/fill"
+            try Command.shell(
+                "head -c $(($(df --output=avail -B1 \(small) | tail -1) - \(room))) /dev/zero "
+                    + "> \(fill)")
+            expectRefusal(
+                try qcowfs(
+                    "resize", "--preallocation", preallocation, image,
+                    clusterByteCount == 512 ? "+60M" : "+8G"),
+                naming: "no space")
+            unlink(fill)
+            #expect(try QemuImg.info(image).byteCount == 26.KiB)
+            let check = try QemuImg.check(image)
+            #expect(check.status == 0, "\(check)")
+            try QemuImg.io(image, ["read -q -P 0x6d 0 26k"])
+        }
+    }
+
+    @Test(
         "a disk that finds no room to grow into is as long as before, and nothing leaks",
         .enabledWhereLoopable, arguments: ["falloc", "full"], [false, true])
     func noRoom(preallocation: String, isMounted: Bool) throws {
