@@ -99,12 +99,10 @@ struct Examination {
         _ walk: ReferenceWalk, _ stored: inout StoredRefcounts, _ tally: Tally
     ) throws(ImageError) -> UInt64 {
         // What lies past the end of the file and is not referenced does not matter.
-        let cluster = walk.header.clusterByteCount
-        var end = walk.fileByteCount / cluster + (walk.fileByteCount % cluster == 0 ? 0 : 1)
-        end = max(end, (walk.counts.highestCluster ?? 0) + 1)
+        let end = walk.clusterEnd
         var highest: UInt64 = 0
         var counts = walk.counts.reader
-        for range in merged(walk.counts.touchedRanges, stored.coveredRanges) {
+        for range in (walk.counts.touchedRanges + stored.coveredRanges).merged {
             for cluster in range.clamped(to: 0..<end) {
                 let found = counts.count(of: cluster)
                 guard let count = try stored.count(of: cluster) else {
@@ -122,22 +120,6 @@ struct Examination {
             }
         }
         return highest
-    }
-
-    /// The union of two ascending lists of ranges, ascending and without overlap.
-    private static func merged(
-        _ first: [Range<UInt64>], _ second: [Range<UInt64>]
-    ) -> [Range<UInt64>] {
-        var merged: [Range<UInt64>] = []
-        for range in (first + second).sorted(by: { $0.lowerBound < $1.lowerBound }) {
-            if let last = merged.last, range.lowerBound <= last.upperBound {
-                merged[merged.count - 1] =
-                    last.lowerBound..<max(last.upperBound, range.upperBound)
-            } else {
-                merged.append(range)
-            }
-        }
-        return merged
     }
 
     /// COPIED says that the stored count is 1: both ways, and only in the active tables.

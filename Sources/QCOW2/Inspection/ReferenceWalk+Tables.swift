@@ -1,3 +1,13 @@
+extension ReferenceWalk {
+    /// The end of what has a count: the last cluster of the file, or one that is cut short there.
+    var clusterEnd: UInt64 {
+        let whole = fileByteCount >> UInt64(header.clusterBits)
+        return max(
+            fileByteCount & (clusterByteCount &- 1) == 0 ? whole : whole &+ 1,
+            (counts.highestCluster ?? 0) &+ 1)
+    }
+}
+
 /// Reading tables, for the walk and for who looks at them again.
 extension ReferenceWalk {
     /// L2 tables that `run()` and a second look at the active ones read, at most.

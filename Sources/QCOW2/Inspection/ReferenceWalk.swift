@@ -13,8 +13,8 @@ package struct ReferenceWalk {
 
     package private(set) var counts = ReferenceCounts()
     package private(set) var figures = Figures()
-    /// Clusters past the end of the file that something refers to, which get no count.
-    private(set) var pastTheEnd: [Range<UInt64>] = []
+    /// What refers to clusters past the end of the file, and is not counted.
+    private(set) var pastTheEnd = ReferencesPastTheEnd()
 
     let device: any BlockDevice
     let header: Header
@@ -76,21 +76,12 @@ package struct ReferenceWalk {
         let clusters = offset >> bits..<(end - 1) >> bits + 1
         // The last cluster may be cut short, but no region may begin to lie past it.
         guard end < fileByteCount || end - fileByteCount < clusterByteCount else {
-            addPastTheEnd(clusters)
+            pastTheEnd.add(clusters)
             return report(.pastTheEnd(offset: offset, byteCount: byteCount))
         }
         for cluster in clusters where !counts.add(cluster, maximum: maximum) {
             report(.countTooLarge(cluster: cluster))
         }
-    }
-
-    private mutating func addPastTheEnd(_ clusters: Range<UInt64>) {
-        // Where there are very many, the last covers what follows, with what lies between.
-        guard let last = pastTheEnd.last,
-            last.upperBound == clusters.lowerBound || pastTheEnd.count >= 1 << 16
-        else { return pastTheEnd.append(clusters) }
-        pastTheEnd[pastTheEnd.count - 1] =
-            min(last.lowerBound, clusters.lowerBound)..<max(last.upperBound, clusters.upperBound)
     }
 
     // MARK: Tables

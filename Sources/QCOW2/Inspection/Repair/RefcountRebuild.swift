@@ -12,6 +12,7 @@ struct RefcountRebuild {
     private let keepsUnreferenced: Bool
     private let fileClusterCount: UInt64
     private let own: Range<UInt64>
+    private let pastTheEnd: [Range<UInt64>]
     /// The clusters of an L1 table that is left behind.
     private let formerL1: Range<UInt64>
     private var headerSector: [UInt8]
@@ -38,6 +39,7 @@ struct RefcountRebuild {
             device, header: header, tableRead: tableRead, report: report)
         try walk.run(countingRefcounts: false)
         counts = walk.counts
+        pastTheEnd = walk.pastTheEnd.merged
         let cluster = header.clusterByteCount
         fileClusterCount = (walk.fileByteCount &+ cluster &- 1) / cluster
 
@@ -49,7 +51,7 @@ struct RefcountRebuild {
         formerL1 = firstOfL1..<firstOfL1 &+ movedL1
 
         let place = try Place(
-            walk, fileClusterCount: fileClusterCount, l1ClusterCount: movedL1,
+            walk, pastTheEnd, fileClusterCount: fileClusterCount, l1ClusterCount: movedL1,
             isWholeFileCounted: keepsUnreferenced)
         own = place.start..<place.end
         l1Offset = movesL1 ? place.start &* cluster : header.l1Offset
@@ -85,7 +87,9 @@ struct RefcountRebuild {
         if own.contains(cluster) { return 1 }
         let isLess = formerL1.contains(cluster) && !counts.hasMoreThanCounted(cluster)
         let found = counts.count(of: cluster) &- (isLess ? 1 : 0)
-        return found == 0 && keepsUnreferenced && cluster < fileClusterCount ? 1 : found
+        if found > 0 { return found }
+        return cluster < fileClusterCount
+            ? keepsUnreferenced ? 1 : 0 : pastTheEnd.haveCluster(cluster) ? 1 : 0
     }
 
     /// The counts of everything but the new structures.
@@ -119,29 +123,38 @@ private struct Place {
     /// The places in the table of the blocks that there are, ascending.
     private(set) var blocks: [UInt64] = []
 
+    /// Bytes of all blocks up to one that is made for what lies past the end of the file.
+    private static let mostBlockBytesPastTheEnd: UInt64 = 64 << 20
+
     /// - Parameter isWholeFileCounted: Whether clusters without a reference have a count too.
     /// - Throws: `.corrupt` where the table would be longer than it may be.
     init(
-        _ walk: borrowing ReferenceWalk, fileClusterCount: UInt64, l1ClusterCount: UInt64,
-        isWholeFileCounted: Bool
+        _ walk: borrowing ReferenceWalk, _ pastTheEnd: [Range<UInt64>], fileClusterCount: UInt64,
+        l1ClusterCount: UInt64, isWholeFileCounted: Bool
     ) throws(ImageError) {
-        let blockBits = walk.header.refcountBlockBits
+        let header = walk.header
+        let blockBits = header.refcountBlockBits
         var counted: Set<UInt64> = []
         for range in walk.counts.touchedRanges {
             counted.formUnion(range.lowerBound >> blockBits...(range.upperBound - 1) >> blockBits)
         }
         if isWholeFileCounted { counted.formUnion(0...fileClusterCount >> blockBits) }
-        let first = max(fileClusterCount, (walk.counts.highestCluster ?? 0) &+ 1)
-        let taken = walk.pastTheEnd.sorted { $0.lowerBound < $1.lowerBound }
+        let first = walk.clusterEnd
+        for range in pastTheEnd {
+            let blocks = range.lowerBound >> blockBits...(range.upperBound - 1) >> blockBits
+            // What entries that make no sense refer to may lie anywhere.
+            let end = blocks.upperBound &* header.clusterByteCount
+            if end < Self.mostBlockBytesPastTheEnd { counted.formUnion(blocks) }
+        }
         var room: UInt64 = 0
         while true {
             var start = first
             // The guest reads zeros there, and still shall.
-            for range in taken where range.lowerBound < start &+ room {
+            for range in pastTheEnd where range.lowerBound < start &+ room {
                 start = max(start, range.upperBound)
             }
             self = try Place(
-                from: start, l1ClusterCount: l1ClusterCount, counted, walk.header,
+                from: start, l1ClusterCount: l1ClusterCount, counted, header,
                 name: walk.device.name)
             if end &- start <= room { return }
             room = end &- start

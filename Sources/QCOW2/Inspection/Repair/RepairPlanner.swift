@@ -9,6 +9,9 @@ struct RepairPlanner {
     private let scope: ImageRepair.Scope
     private let header: Header
     private let clusterByteCount: UInt64
+    /// The end of what is counted, and what is referenced behind it; in clusters.
+    private let clusterEnd: UInt64
+    private let pastTheEnd: [Range<UInt64>]
 
     init(_ device: any BlockDevice, _ examination: Examination, _ scope: ImageRepair.Scope) {
         self.device = device
@@ -16,13 +19,12 @@ struct RepairPlanner {
         self.scope = scope
         header = examination.header
         clusterByteCount = header.clusterByteCount
+        clusterEnd = examination.walk.clusterEnd
+        pastTheEnd = examination.walk.pastTheEnd.merged
     }
 
     /// Whether counts may be lowered: not while references are hidden in damaged structures.
     private var mayLower: Bool { !examination.obstacles.contains(.hiddenReferences) }
-
-    /// Whether entries of tables may be changed: not while a repair of leaks finds more than them.
-    private var mayCorrect: Bool { scope == .all || examination.result.corruptionCount == 0 }
 
     mutating func plan() throws(ImageError) -> RepairPlan {
         if scope == .all, try needsRebuild() { return try planRebuild() }
@@ -49,36 +51,47 @@ struct RepairPlanner {
     private mutating func planInPlace() throws(ImageError) -> RepairPlan {
         var plan = RepairPlan()
         if scope == .all {
-            let raised = try countEdits({ max($0, $1) }, counting: >)
+            let raised = try countEdits({ max($1, newCount(of: $0, $1)) }, counting: >)
             plan.add(raised.edits, "refcounts that are too low and are raised: \(raised.count)")
         }
         // No count is believed, let alone changed, that may be something else.
         if scope == .leaks, !mayLower || hasBrokenRefcounts() { return plan }
-        if mayCorrect {
-            var stored = examination.stored
-            let tables = try corrections(examination.walk.counts) { cluster throws(ImageError) in
-                final(
-                    try stored.count(of: cluster) ?? 0, examination.walk.counts.count(of: cluster))
-            }
-            // A count that is lowered to 1 needs its flag.
-            guard scope == .all || tables.isComplete else { return plan }
+        var stored = examination.stored
+        let tables = try corrections(examination.walk.counts) { cluster throws(ImageError) in
+            let count = try stored.count(of: cluster) ?? 0
+            let new = newCount(of: cluster, count)
+            // Beside leaks, flags that are wrong stay so.
+            return scope == .all || new == 1 && count > 1 ? new : nil
+        }
+        let marksSingles = scope == .all || tables.isComplete
+        if marksSingles {
             plan.add(
                 tables.l1Edits + tables.edits,
                 "entries of L1 and L2 tables that are corrected: \(tables.changedEntryCount)")
         }
         if mayLower {
-            let lowered = try countEdits(final, counting: <)
+            let lowered = try countEdits(
+                { cluster, stored in
+                    let new = newCount(of: cluster, stored)
+                    // A count that becomes 1 needs its flag.
+                    return new == 1 && !marksSingles ? stored : new
+                }, counting: <)
             plan.add(lowered.edits, "refcounts that are too high and are lowered: \(lowered.count)")
         }
         return plan
     }
 
-    /// What a count becomes in the end.
-    private func final(_ stored: UInt64, _ found: UInt64) -> UInt64 {
-        switch (scope, mayLower) {
+    /// What the count of a cluster becomes in the end.
+    private func newCount(of cluster: UInt64, _ stored: UInt64) -> UInt64 {
+        if cluster >= clusterEnd, pastTheEnd.haveCluster(cluster) {
+            // How often something refers there is not known.
+            return scope == .all ? max(stored, 1) : stored
+        }
+        let found = examination.walk.counts.count(of: cluster)
+        return switch (scope, mayLower) {
         case (.all, true): found
         case (.all, false): max(stored, found)
-        case (.leaks, _): found == 1 && !mayCorrect ? stored : min(stored, found)
+        case (.leaks, _): min(stored, found)
         }
     }
 
@@ -114,10 +127,10 @@ struct RepairPlanner {
         (UInt64(header.l1EntryCount) &* 8 &+ clusterByteCount &- 1) / clusterByteCount
     }
 
-    /// The blocks in which `wanted`, told the stored and the computed count, changes something that
+    /// The blocks in which `wanted`, told a cluster and its stored count, changes something that
     /// `isCounted`; and how many counts that are.
-    private mutating func countEdits(
-        _ wanted: (_ stored: UInt64, _ found: UInt64) -> UInt64,
+    private func countEdits(
+        _ wanted: (_ cluster: UInt64, _ stored: UInt64) -> UInt64,
         counting isCounted: (_ new: UInt64, _ stored: UInt64) -> Bool
     ) throws(ImageError) -> (edits: [RepairPlan.Edit], count: Int) {
         let format = examination.stored.format
@@ -132,8 +145,8 @@ struct RepairPlanner {
             bytes.withUnsafeMutableBytes { bytes in
                 for index in 0..<format.entryCount(inBytes: bytes.count) {
                     let stored = format.count(at: index, in: UnsafeRawBufferPointer(bytes))
-                    let found = examination.walk.counts.count(of: first &+ UInt64(index))
-                    let count = min(wanted(stored, found), format.maximum)
+                    let cluster = first &+ UInt64(index)
+                    let count = min(wanted(cluster, stored), format.maximum)
                     guard count != stored else { continue }
                     format.store(count, at: index, in: bytes)
                     if isCounted(count, stored) { changed += 1 }
@@ -146,11 +159,11 @@ struct RepairPlanner {
 
     // MARK: Entries
 
-    /// COPIED corrected in the active tables, and, when everything is to be repaired, bits without
-    /// a meaning cleared in all of them.
+    /// COPIED corrected in the active tables where `count` tells what a cluster's count becomes,
+    /// and, when everything is to be repaired, bits without a meaning cleared in all of them.
     private func corrections(
         _ references: ReferenceCounts, movesL1: Bool = false,
-        count: (UInt64) throws(ImageError) -> UInt64
+        count: (UInt64) throws(ImageError) -> UInt64?
     ) throws(ImageError) -> TableCorrections {
         var tables = try TableCorrections(device, header, references, movesL1: movesL1)
         try tables.correctActive(count: count, clearsMeaningless: scope == .all)

@@ -63,9 +63,9 @@ struct TableCorrections {
     }
 
     /// Sets COPIED in the active tables where `count` of the target, a cluster, is 1, and only
-    /// there.
+    /// there; nil leaves it as it is.
     mutating func correctActive(
-        count: (UInt64) throws(ImageError) -> UInt64, clearsMeaningless: Bool
+        count: (UInt64) throws(ImageError) -> UInt64?, clearsMeaningless: Bool
     ) throws(ImageError) {
         let (header, clusterBits) = (header, clusterBits)
         try correct(
@@ -73,14 +73,15 @@ struct TableCorrections {
         ) { entry throws(ImageError) in
             var bits = entry.bits
             if clearsMeaningless { bits &= L1Entry.offsetMask | L1Entry.copied }
-            let isSingle = try count(entry.offset >> clusterBits) == 1
-            return isSingle ? bits | L1Entry.copied : bits & ~L1Entry.copied
+            guard let count = try count(entry.offset >> clusterBits) else { return bits }
+            return count == 1 ? bits | L1Entry.copied : bits & ~L1Entry.copied
         } l2: { entry throws(ImageError) in
             let entry = clearsMeaningless ? Self.meaningful(entry, header) : entry
             guard !entry.isCompressed, entry.offset != 0 else { return entry }
             // Nothing in a data file has a second reference.
-            if header.hasDataFile { return entry.withCopied(true) }
-            return entry.withCopied(try count(entry.offset >> clusterBits) == 1)
+            if header.hasDataFile { return clearsMeaningless ? entry.withCopied(true) : entry }
+            guard let count = try count(entry.offset >> clusterBits) else { return entry }
+            return entry.withCopied(count == 1)
         }
     }
 
