@@ -140,6 +140,26 @@ struct ImageVerbTests {
         #expect(try qcowfs("check", "--repair", "all", image).status == 0)
     }
 
+    @Test("check finds a bitmap for which QEMU does not open the image", arguments: [11, 16])
+    func strangeBitmap(place: Int) throws {
+        try makeImage(image)
+        try Command.require("qemu-img", "bitmap", "--add", image, "b")
+        // The directory is the last that was written: table offset and length, flags, type.
+        let file = try TestFile(image, O_RDWR)
+        let directory = try file.read(0..<8192).withUnsafeBytes { bytes in
+            let number = { (place: Int) in (0..<8).reduce(0) { $0 << 8 | Int(bytes[place + $1]) } }
+            let magic = [0x23, 0x85, 0x28, 0x75] as [UInt8]
+            let start = (0..<4096).first { Array(bytes[$0..<$0 + 4]) == magic }
+            return number(try #require(start) + 8 + 16)
+        }
+        let byte = try file.read(directory + place..<directory + place + 1)
+        try file.write([byte[0] ^ 2], at: directory + place)
+        let judged = try QemuImg.check(image)
+        #expect(judged.status != 0, "\(judged)")
+        let check = try qcowfs("check", image)
+        #expect(check.status == 2 && check.errors.contains("bitmap 'b'"), "\(check)")
+    }
+
     @Test("Trap 71: check and info change nothing, not even on what they cannot read")
     func untouched() throws {
         try makeImage(image)

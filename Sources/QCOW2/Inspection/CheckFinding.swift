@@ -39,6 +39,9 @@ public enum CheckFinding: Sendable, Equatable {
     case bitmapDirectory(FormatError)
     /// A bitmap of an unknown type, with unknown flags or data: QEMU opens no image that has one.
     case bitmapNotUnderstood(name: String)
+    /// A bitmap whose table is not as long as the disk needs it: QEMU opens no image that has one,
+    /// unless the bitmap was not closed well.
+    case bitmapLength(name: String, entryCount: UInt32)
     /// An entry of a bitmap table with bits set that should be 0.
     case bitmapEntryReserved(name: String, index: UInt64, entry: UInt64)
     /// Something that lies past the largest host offset; in bytes.
@@ -148,6 +151,8 @@ extension CheckFinding: CustomStringConvertible {
         case .bitmapDirectory(let error): "bitmap directory: \(error)"
         case .bitmapNotUnderstood(let name):
             "bitmap '\(name)' has a type, flags or data that nobody knows"
+        case .bitmapLength(let name, let entryCount):
+            "bitmap '\(name)': a table of \(entryCount) entries does not fit the disk"
         case .bitmapEntryReserved(let name, let index, let entry):
             "bitmap '\(name)': table entry \(index) makes no sense (\(hex(entry)))"
         case .pastTheEnd(let offset, let byteCount):

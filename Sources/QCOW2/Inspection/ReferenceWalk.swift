@@ -228,7 +228,13 @@ package struct ReferenceWalk {
     }
 
     private mutating func count(_ bitmap: BitmapEntry) throws(ImageError) {
-        if !bitmap.isUnderstood { report(.bitmapNotUnderstood(name: bitmap.name)) }
+        if !bitmap.isUnderstood {
+            report(.bitmapNotUnderstood(name: bitmap.name))
+        } else if !bitmap.isInUse,
+            !bitmap.fits(diskByteCount: header.virtualByteCount, clusterBits: header.clusterBits)
+        {
+            report(.bitmapLength(name: bitmap.name, entryCount: bitmap.tableEntryCount))
+        }
         let entryCount = UInt64(bitmap.tableEntryCount)
         count(bitmap.tableOffset, entryCount &* 8)
         var clusters: [UInt64] = []
