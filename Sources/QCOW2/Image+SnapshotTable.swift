@@ -111,11 +111,10 @@ extension Image {
     }
 
     private func restoreCopied(ofTable index: Int, _ writing: Writing) throws(ImageError) {
-        let table = map.l1Entry(index)
-        guard try isAlone(table, writing) else { return }
-        let first = UInt64(index) &* map.tableClusterCount
-        var cluster = first
-        while cluster < first &+ map.tableClusterCount {
+        guard try markAlone(table: index, writing) else { return }
+        var cluster = UInt64(index) &* map.tableClusterCount
+        let end = cluster &+ map.tableClusterCount
+        while cluster < end {
             if try restoreCopied(ofSliceAt: cluster, writing) {
                 cluster &+= map.sliceClusterCount
                 if map.isHalfFull { try writing.commit.now() }
@@ -123,42 +122,57 @@ extension Image {
                 try writing.commit.now()
             }
         }
-        // Whoever replaces the table by a copy has not begun, or has ended.
-        try writing.tables.withLock { _ throws(ImageError) in
-            guard map.l1Entry(index).offset == table.offset, try isAlone(table, writing) else {
-                return
-            }
-            map.setCopied(true, ofTable: index)
-        }
     }
 
-    private func isAlone(_ table: L1Entry, _ writing: Writing) throws(ImageError) -> Bool {
-        guard table.offset & map.clusterMask == 0 else { return false }
-        return try writing.allocator.count(of: table.offset &>> map.clusterBits) == 1
+    /// Marks a table that nobody shares; nobody replaces it by a copy from here on, so that what
+    /// its entries get is in the table that stays.
+    private func markAlone(table index: Int, _ writing: Writing) throws(ImageError) -> Bool {
+        try writing.tables.withLock { _ throws(ImageError) in
+            let offset = map.l1Entry(index).offset
+            guard offset & map.clusterMask == 0,
+                try writing.allocator.count(of: offset &>> map.clusterBits) == 1
+            else { return false }
+            map.setCopied(true, ofTable: index)
+            return true
+        }
     }
 
     /// False where the cache has no room before the next commit.
     private func restoreCopied(
         ofSliceAt cluster: UInt64, _ writing: Writing
     ) throws(ImageError) -> Bool {
-        guard let entries = try map.entries(ofSliceAt: cluster) else { return false }
+        // No commit runs: a cluster that an entry has is not freed, and given to the same entry
+        // again, between the look at its count and the change.
+        try writing.commit.excluding { () throws(ImageError) in
+            guard let entries = try map.entries(ofSliceAt: cluster) else { return false }
+            let isAlone = try haveClustersAlone(entries, writing)
+            let isRight = zip(entries, isAlone).allSatisfy { $1 == nil || $0.isCopied == $1 }
+            if isRight { return true }
+            let done = try map.update(cluster, count: entries.count) { index, old in
+                // A client may have changed it; its new cluster is marked as it should be.
+                guard let isAlone = isAlone[index], !old.isCompressed,
+                    old.offset == entries[index].offset
+                else { return old }
+                return old.withCopied(isAlone)
+            }
+            return done == entries.count
+        }
+    }
+
+    /// For each entry whether its cluster has one reference only; nil where it has no cluster, or
+    /// none that is whole.
+    private func haveClustersAlone(
+        _ entries: [L2Entry], _ writing: Writing
+    ) throws(ImageError) -> [Bool?] {
         let targets = entries.indices.filter {
             !entries[$0].isCompressed && entries[$0].offset != 0
                 && entries[$0].offset & map.clusterMask == 0
         }
-        let bits = map.clusterBits
-        let isSingle = try writing.allocator.haveOneReference(
-            targets.map { entries[$0].offset &>> bits })
-        var wanted = entries
-        for (target, isSingle) in zip(targets, isSingle) {
-            wanted[target] = entries[target].withCopied(isSingle)
-        }
-        if wanted == entries { return true }
-        let done = try map.update(cluster, count: entries.count) { index, old in
-            // What a client has changed in between is as it should be.
-            old == entries[index] ? wanted[index] : old
-        }
-        return done == entries.count
+        let isAlone = try writing.allocator.haveOneReference(
+            targets.map { entries[$0].offset &>> map.clusterBits })
+        var answers = [Bool?](repeating: nil, count: entries.count)
+        for (target, isAlone) in zip(targets, isAlone) { answers[target] = isAlone }
+        return answers
     }
 }
 

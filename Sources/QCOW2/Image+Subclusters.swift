@@ -164,13 +164,14 @@ extension Image {
         }
         if hasCluster, subclusters == old.subclusters { return }
         try makeTableWritable(at: start, writing)
-        var bits = old.bits
-        if !hasCluster {
-            let run = try allocateReserved(forGuest: cluster, takingSpace, writing)
-            bits = run.first &<< map.clusterBits | L2Entry.copied
+        let new =
+            hasCluster
+            ? nil : try allocateReserved(forGuest: cluster, takingSpace, writing)
+        try link(cluster, count: 1, writing) { _, old in
+            // The end of a snapshot may have marked the cluster COPIED meanwhile.
+            let bits = new.map { $0.first &<< map.clusterBits | L2Entry.copied } ?? old.bits
+            return L2Entry(bits: bits, subclusters: subclusters)
         }
-        let new = L2Entry(bits: bits, subclusters: subclusters)
-        try link(cluster, count: 1, writing) { _, _ in new }
     }
 
     /// Whether nothing shows through the unallocated subclusters of the cluster at `start`.

@@ -28,6 +28,8 @@ package final class Commit: Sendable {
         var open: UInt64 = 1
         /// The last transaction that is durable.
         var ended: UInt64 = 0
+        /// The last one that is, and whose dropped references were taken back.
+        var settled: UInt64 = 0
         var isRunning = false
         /// A closed transaction whose commit failed: tried again, never merged into the next.
         var unfinished: Transaction?
@@ -53,16 +55,17 @@ package final class Commit: Sendable {
         let isDirty = self.isDirty
         // After the look at what is dirty: changes of ours are in this transaction or before it.
         let (open, ended) = state.withLock { ($0.open, $0.ended) }
-        if isDirty { return try wait(for: open) }
+        if isDirty { return try wait { $0.ended >= open } }
         // In-place writes are not part of a transaction that closed before they were made.
         try syncData()
         try syncFile()
-        if ended < open &- 1 { try wait(for: open &- 1) }
+        if ended < open &- 1 { try wait { $0.ended >= open &- 1 } }
     }
 
-    /// Commits whatever changed before the call.
+    /// Commits whatever changed before the call, and takes back the references that were dropped.
     package func now() throws(ImageError) {
-        try wait(for: state.withLock { $0.open })
+        let open = state.withLock { $0.open }
+        try wait { $0.settled >= open }
     }
 
     /// Runs `body` while no commit runs: what it changes falls into one transaction, and no dropped
@@ -89,21 +92,23 @@ package final class Commit: Sendable {
         if map.isOverfull { try now() }
     }
 
-    /// Commits if there is anything to write, lowered counts included.
+    /// The same, and writes lowered counts too; waits only for a commit that runs where there is
+    /// nothing to write.
     package func tidy() throws(ImageError) {
-        if isDirty || allocator.hasUnwrittenCounts || state.withLock({ $0.unfinished != nil }) {
-            try now()
-        }
+        let isDirty = self.isDirty || allocator.hasUnwrittenCounts
+        // After the look at what is dirty, as in `flush`.
+        let open = state.withLock { $0.open }
+        try wait { $0.settled >= (isDirty ? open : open &- 1) }
     }
 
     private var isDirty: Bool { map.isDirty || allocator.isTableDirty || header.isDirty }
 
-    /// Waits until transaction `target` has ended, leading commits where nobody else does: whoever
-    /// waited for one that failed tries again, and learns by itself what is wrong.
-    private func wait(for target: UInt64) throws(ImageError) {
+    /// Waits for the end of transactions, leading commits where nobody else does: whoever waited
+    /// for one that failed tries again, and learns by itself what is wrong.
+    private func wait(until isReached: (State) -> Bool) throws(ImageError) {
         while true {
             let leads = state.waitFor { state -> Bool? in
-                if state.ended >= target { return false }
+                if isReached(state) { return false }
                 if state.isRunning { return nil }
                 state.isRunning = true
                 return true
@@ -137,6 +142,7 @@ package final class Commit: Sendable {
             // The transaction is durable all the same; its freed clusters are leaks.
             logger.error("freed clusters could not be taken back: \(error)")
         }
+        state.withLock { $0.settled = transaction.generation }
     }
 
     /// Freezes what changed, in one step; later changes belong to the next transaction.
