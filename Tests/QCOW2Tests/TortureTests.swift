@@ -6,7 +6,8 @@ import Testing
 /// Many threads on the same few clusters, with next to no cache, judged as registers are.
 @Suite("Torture", .serialized)
 struct TortureTests {
-    private static let stepCount = TestEnvironment.isLong ? 60_000 : 6_000
+    private static let stepCount = TestEnvironment.isLong ? 60_000 : 2_000
+    private static let roundCount = 40
 
     private static let layouts = [
         CrashLayout(clusterBits: 9, refcountOrder: 3, guestClusters: 256, hasCompressed: true),
@@ -19,37 +20,47 @@ struct TortureTests {
     func free(_ layout: CrashLayout) throws {
         let device = RAMDisk()
         try layout.build().image.withUnsafeBytes { try device.write($0, at: 0) }
-        let history = try torture(device, layout, steps: Self.stepCount)
-        try expectClean(device)
-        judge(history)
+        try torture(device, layout, steps: Self.stepCount, seed: TestEnvironment.seed)
     }
 
     @Test("Threads that take turns see one disk", arguments: layouts)
     func takingTurns(_ layout: CrashLayout) throws {
-        let device = RecordingDevice(layout.build().image, seed: TestEnvironment.seed)
-        let history = try TestSupport.takingTurns(seed: TestEnvironment.seed) {
-            try torture(device, layout, steps: Self.stepCount / 10)
+        for seed in TestEnvironment.seed..<TestEnvironment.seed + 4 {
+            let device = RecordingDevice(layout.build().image, seed: seed)
+            try TestSupport.takingTurns(seed: seed) {
+                try torture(device, layout, steps: Self.stepCount / 4, seed: seed)
+            }
         }
-        try expectClean(device)
-        judge(history)
     }
 
-    private func expectClean(_ device: some BlockDevice) throws {
-        let check = try ImageCheck(device)
-        #expect(check.corruptionCount == 0 && check.leakCount == 0)
-    }
-
-    private func judge(_ history: RegisterHistory) {
-        let faults = history.faults()
-        #expect(faults.isEmpty, "seed \(TestEnvironment.seed): \(faults.count) faults")
-        for fault in faults.prefix(5) { Issue.record("\(fault)") }
-        print("• \(history.operationCount) operations on sectors are one history")
-    }
-
-    /// What eight threads did and saw.
+    /// What eight threads do and see in several rounds, after each of which the image is sound.
     private func torture(
-        _ device: some BlockDevice, _ layout: CrashLayout, steps: Int
-    ) throws -> RegisterHistory {
+        _ device: some BlockDevice, _ layout: CrashLayout, steps: Int, seed: UInt64
+    ) throws {
+        let clock = Atomic<UInt64>(1)
+        let history = Mutex(RegisterHistory())
+        for (sector, value) in layout.build().values.enumerated() {
+            let start = RegisterHistory.Operation(
+                isWrite: true, sector: sector, value: value, begin: 0, end: 0)
+            history.withLock { $0.append(start) }
+        }
+        let roundStepCount = steps / Self.roundCount
+        for first in stride(from: 0, to: steps, by: roundStepCount) {
+            let image = try open(device, layout)
+            try onThreads(8) { index in
+                var client = Client(
+                    image: image, layout: layout, number: index,
+                    random: RepeatableRandom(seed: seed &+ UInt64(first * 8 + index)))
+                for step in first..<first + roundStepCount { try client.act(step, clock) }
+                history.withLock { $0.append(contentsOf: client.history) }
+            }
+            try image.close()
+            try expectClean(device, "seed \(seed), after step \(first + roundStepCount)")
+        }
+        judge(history.withLock { $0 }, seed)
+    }
+
+    private func open(_ device: some BlockDevice, _ layout: CrashLayout) throws -> Image {
         let image = try Image.open(
             device, backing: layout.backing(),
             options: OpenOptions(
@@ -57,21 +68,22 @@ struct TortureTests {
         if let interval = layout.commitInterval {
             image.startCommitting(every: .milliseconds(interval))
         }
-        let clock = Atomic<UInt64>(1)
-        let collected = Mutex(RegisterHistory())
-        try onThreads(8) { index in
-            var client = Client(
-                image: image, layout: layout, number: index,
-                random: RepeatableRandom(seed: TestEnvironment.seed &+ UInt64(index)))
-            for step in 0..<steps { try client.act(step, clock) }
-            collected.withLock { $0.append(contentsOf: client.history) }
-        }
-        try image.close()
-        var history = collected.withLock { $0 }
-        for (sector, value) in layout.build().values.enumerated() {
-            history.append(.init(isWrite: true, sector: sector, value: value, begin: 0, end: 0))
-        }
-        return history
+        return image
+    }
+
+    private func expectClean(_ device: some BlockDevice, _ moment: String) throws {
+        var findings: [String] = []
+        let check = try ImageCheck(device) { findings.append($0.description) }
+        #expect(
+            check.corruptionCount == 0 && check.leakCount == 0,
+            "\(moment): \(findings.prefix(5))")
+    }
+
+    private func judge(_ history: RegisterHistory, _ seed: UInt64) {
+        let faults = history.faults()
+        #expect(faults.isEmpty, "seed \(seed): \(faults.count) faults")
+        for fault in faults.prefix(5) { Issue.record("\(fault)") }
+        print("• \(history.operationCount) operations on sectors are one history")
     }
 }
 

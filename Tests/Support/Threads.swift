@@ -43,8 +43,9 @@ private final class ThreadJob: Sendable {
 /// Runs `body` so that of its thread and of all that it starts only one runs at a time, and `seed`
 /// alone decides which: another run with the same seed is the same run.
 ///
-/// Threads are exchanged where one waits, and at each call of a yielding `RecordingDevice`.  A
-/// deadlock ends the program with a message that has the seed.
+/// Threads are exchanged where one waits, at each call of a yielding `RecordingDevice`, and here
+/// and there where one lets go of a lock.  A deadlock ends the program with a message that has the
+/// seed.
 package func takingTurns<Result>(seed: UInt64, _ body: () throws -> Result) rethrows -> Result {
     turns_begin(seed)
     defer { _ = turns_end() }
