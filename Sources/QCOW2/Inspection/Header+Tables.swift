@@ -23,6 +23,15 @@ extension Header {
         }
     }
 
+    /// Reads the snapshots whose L1 tables can be what they say: whatever lies where another says
+    /// that its table is, it is no table.
+    /// - Throws: As `readSnapshots`.
+    func readSoundSnapshots(from device: any BlockDevice) throws(ImageError) -> [Snapshot] {
+        try readSnapshots(from: device).snapshots.filter { snapshot in
+            (try? snapshot.check(clusterByteCount: clusterByteCount)) != nil
+        }
+    }
+
     /// Reads the bitmap directory; empty where the image has no bitmaps that may be believed.
     /// - Throws: `.malformed` where it cannot be what it says, `.system`.
     package func readBitmaps(from device: any BlockDevice) throws(ImageError) -> [BitmapEntry] {

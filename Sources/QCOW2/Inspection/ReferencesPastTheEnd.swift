@@ -24,10 +24,8 @@ extension [Range<UInt64>] {
         var merged: [Range<UInt64>] = []
         for range in sorted(by: { $0.lowerBound < $1.lowerBound }) {
             if let last = merged.last, range.lowerBound <= last.upperBound {
-                merged[merged.count - 1] =
-                    last
-                    .lowerBound..<Swift.max(
-                        last.upperBound, range.upperBound)
+                let end = Swift.max(last.upperBound, range.upperBound)
+                merged[merged.count - 1] = last.lowerBound..<end
             } else {
                 merged.append(range)
             }

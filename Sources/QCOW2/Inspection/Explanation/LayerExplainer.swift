@@ -28,12 +28,7 @@ struct LayerExplainer {
         of header: Header, on device: any BlockDevice
     ) throws(ImageError) -> [Snapshot] {
         do throws(ImageError) {
-            return try header.readSnapshots(from: device).snapshots.filter { snapshot in
-                do throws(FormatError) {
-                    try snapshot.check(clusterByteCount: header.clusterByteCount)
-                    return true
-                } catch { return false }
-            }
+            return try header.readSoundSnapshots(from: device)
         } catch {
             guard case .malformed = error.kind else { throw error }
             return []

@@ -47,8 +47,7 @@ public struct ImageRepair: Sendable {
         progress: ((Double) -> Void)? = nil
     ) throws(ImageError) {
         let before = try Examination(device, report: report, progress: progress)
-        var planner = RepairPlanner(device, before, scope)
-        let plan = try planner.plan()
+        let plan = try RepairPlanner(device, before, scope).plan()
         let marks = HeaderMarks(before.header, scope)
         let isSound = plan.isEmpty && marks.edit(after: before.result) == nil
         self.undoPath = isSound ? nil : undoPath

@@ -5,7 +5,7 @@
 /// one write of the header puts it in place.
 struct RepairPlanner {
     private let device: any BlockDevice
-    private var examination: Examination
+    private let examination: Examination
     private let scope: ImageRepair.Scope
     private let header: Header
     private let clusterByteCount: UInt64
@@ -26,8 +26,8 @@ struct RepairPlanner {
     /// Whether counts may be lowered: not while references are hidden in damaged structures.
     private var mayLower: Bool { !examination.obstacles.contains(.hiddenReferences) }
 
-    mutating func plan() throws(ImageError) -> RepairPlan {
-        if scope == .all, try needsRebuild() { return try planRebuild() }
+    func plan() throws(ImageError) -> RepairPlan {
+        if scope == .all, needsRebuild() { return try planRebuild() }
         return try planInPlace()
     }
 
@@ -48,7 +48,7 @@ struct RepairPlanner {
         return plan
     }
 
-    private mutating func planInPlace() throws(ImageError) -> RepairPlan {
+    private func planInPlace() throws(ImageError) -> RepairPlan {
         var plan = RepairPlan()
         if scope == .all {
             let raised = try countEdits({ max($1, newCount(of: $0, $1)) }, counting: >)
@@ -98,7 +98,7 @@ struct RepairPlanner {
     // MARK: Refcounts
 
     /// Whether counts cannot be corrected where they are.
-    private mutating func needsRebuild() throws(ImageError) -> Bool {
+    private func needsRebuild() -> Bool {
         if hasBrokenRefcounts() { return true }
         let bits = UInt64(header.clusterBits)
         let l1 = header.l1Offset >> bits..<header.l1Offset >> bits + l1ClusterCount

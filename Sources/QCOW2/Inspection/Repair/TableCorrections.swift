@@ -30,10 +30,7 @@ struct TableCorrections {
         self.header = header
         self.counts = counts
         clusterBits = UInt64(header.clusterBits)
-        snapshots = try header.readSnapshots(from: device).snapshots.filter { snapshot in
-            // Whatever lies where another says its table is, it is no table.
-            (try? snapshot.check(clusterByteCount: header.clusterByteCount)) != nil
-        }
+        snapshots = try header.readSoundSnapshots(from: device)
         try countTables(header.l1Offset, UInt64(header.l1EntryCount))
         for snapshot in snapshots {
             try countTables(snapshot.l1Offset, UInt64(snapshot.l1EntryCount))
