@@ -22,8 +22,9 @@ extension Mounts {
         }
         let patience = timeout.map { Int(min(max($0, 1), 10)) } ?? 10
         guard client.beginWaiting(seconds: patience) else {
-            // It has ended, or is stopped: then whoever touches the mount would wait with it.
-            if daemon.waitForEnd(milliseconds: 0) {
+            // It has ended, or is about to: a killed one loses its socket a moment before it is
+            // gone. Or it is stopped: then whoever touches the mount would wait with it.
+            if daemon.waitForEnd(milliseconds: 1000) {
                 return try unmountWithoutDaemon(entry, timeout: timeout)
             }
             throw MountError(

@@ -169,6 +169,44 @@ struct LifecycleTests {
         #expect(try QemuImg.check(path).status == 0 || check.status == 3)
     }
 
+    /// A killed daemon's socket goes a moment before the daemon.  Here another process has it.
+    private static let daemonWithoutSocket = """
+        import os, socket, sys, time
+        device = os.stat(sys.argv[1]).st_dev
+        name = f"\\0qcowfs/{os.major(device)}:{os.minor(device)}"
+        os.kill(int(sys.argv[2]), 9)
+        listener = socket.socket(socket.AF_UNIX)
+        while True:
+            try:
+                listener.bind(name)
+                break
+            except OSError:
+                time.sleep(0.01)
+        listener.listen()
+        listener.settimeout(60)
+        open(sys.argv[3], "w").close()
+        connection = listener.accept()[0]
+        connection.close()
+        listener.close()
+        time.sleep(0.3)
+        """
+
+    @Test("a daemon that is on its way to its end is waited for")
+    func ending() throws {
+        let folder = try TemporaryDirectory()
+        let mount = try TestMount(try image(folder), in: folder)
+        let daemon = try mount.daemon()
+        let ending = try Command.start([
+            "python3", "-c", Self.daemonWithoutSocket, mount.mountpoint, "\(daemon)",
+            folder.file("ready"),
+        ])
+        try #require(eventually { access(folder.file("ready"), F_OK) == 0 })
+        let cleaned = try qcowfs("umount", mount.mountpoint)
+        #expect(cleaned.status == 0, "\(cleaned)")
+        mount.wasUnmounted()
+        #expect(try ending.wait().status == 0)
+    }
+
     @Test("SIGTERM, SIGINT and SIGHUP commit and unmount", arguments: [SIGTERM, SIGINT, SIGHUP])
     func signals(_ signal: Int32) throws {
         let folder = try TemporaryDirectory()
