@@ -67,8 +67,8 @@ MISTAKES = {
         ),
         (
             TABLE,
-            "wanted[target] = entries[target].withCopied(isSingle)",
-            "wanted[target] = entries[target].withCopied(isSingle || MUTANT)",
+            "answers[target] = isAlone",
+            "answers[target] = isAlone || MUTANT",
         ),
     ],
     "COPIED stays where a snapshot has the cluster too": [
