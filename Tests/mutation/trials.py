@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 # Those of the library, but for those that look at the sources; and those that use the program
 # without a mount, which a change may leave behind.
-TOO_LONG = "it took too long"
 LEFT_OUT = {"QCOW2Tests.HousekeepingTests", "QCOW2Tests.TrapCatalogueTests"}
 PROGRAM = {
     "qcowfsTests." + name
@@ -25,6 +24,8 @@ PROGRAM = {
 
 # Seconds in which a test says nothing and does nothing before it counts as hanging.
 PATIENCE = 40
+
+TOO_LONG = "it took too long"
 
 
 def binary(target):
