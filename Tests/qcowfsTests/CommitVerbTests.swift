@@ -72,7 +72,7 @@ struct CommitVerbTests {
         expectRefusal(try qcowfs("commit", base), naming: "no backing file")
         try makeTop(format: "qcow2", size: 8.MiB)
         let sums = try Command.shell("sha256sum \(base) \(top)")
-        try whileQEMUHas(base, flags: ["-r"]) {
+        try whileQEMUHas(base, flags: ["-r"]) { _ in
             expectRefusal(try qcowfs("commit", top), naming: "base", "in use")
         }
         #expect(try Command.shell("sha256sum \(base) \(top)") == sums)

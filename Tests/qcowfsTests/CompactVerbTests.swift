@@ -89,7 +89,7 @@ struct CompactVerbTests {
     func refusals() throws {
         try make()
         let sum = try Command.require("sha256sum", image)
-        try whileQEMUHas(image) {
+        try whileQEMUHas(image) { _ in
             expectRefusal(try qcowfs("compact", image), naming: image, "in use")
         }
         expectRefusal(try qcowfs("compact", before), naming: "not a qcow2 image")

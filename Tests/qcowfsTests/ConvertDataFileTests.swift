@@ -96,7 +96,7 @@ struct ConvertDataFileTests {
         let user = folder.file("user.qcow2")
         try QemuImg.create(user, size: 1.MiB, options: ["data_file=\(data)"])
         let before = (try files(), try Command.require("sha256sum", user, data))
-        try whileQEMUHas(user) {
+        try whileQEMUHas(user) { _ in
             expectRefusal(try convert("data_file=target.data", source), naming: "target.data")
         }
         #expect(try files() == before.0)

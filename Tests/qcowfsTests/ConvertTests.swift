@@ -78,7 +78,7 @@ struct ConvertTests {
         try convert("-O", "qcow2", image, target)
         #expect(try Command.run(["qemu-img", "compare", image, target]).status == 0)
         let before = try Command.require("sha256sum", target)
-        try whileQEMUHas(target) {
+        try whileQEMUHas(target) { _ in
             expectRefusal(try qcowfs("convert", image, target), naming: "in use")
         }
         #expect(try Command.require("sha256sum", target) == before)

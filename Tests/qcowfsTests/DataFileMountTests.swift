@@ -156,14 +156,10 @@ struct DataFileMountTests {
             #expect(result.status != 0 && result.description.contains("lock"), "\(result)")
         }
         try mount.unmount()
-        let qemu = try Command.start(["qemu-io", "-f", "raw", "-c", "sleep 2000", data])
-        #expect(
-            try eventually {
-                let result = try qcowfs("mount", image, folder.file("mnt"))
-                if result.status == 0 { _ = try qcowfs("umount", folder.file("mnt")) }
-                return result.status == 1 && result.errors.contains("qemu-io")
-            })
-        _ = try qemu.wait()
+        try whileQEMUHas(data, format: "raw") { _ in
+            expectRefusal(
+                try qcowfs("mount", image, folder.file("mnt")), naming: "disk.data", "qemu-io")
+        }
         // Both may read.
         let reader = try TestMount(image, in: folder, options: ["--read-only"])
         try QemuImg.io(image, ["read -q 0 64k"], flags: ["-r"])
@@ -242,12 +238,10 @@ struct DataFileMountTests {
     @Test("create replaces a data file by a new one, never one in use, and leaves nothing behind")
     func replaces() throws {
         _ = try folder.write([UInt8](repeating: 1, count: 4096), to: "disk.data")
-        let qemu = try Command.start(["qemu-io", "-f", "raw", "-c", "sleep 1500", data])
-        #expect(
-            try eventually {
-                try qcowfs("create", "-o", "data_file=disk.data", image, "1M").status == 1
-            })
-        _ = try qemu.wait()
+        try whileQEMUHas(data, format: "raw") { _ in
+            let result = try qcowfs("create", "-o", "data_file=disk.data", image, "1M")
+            expectRefusal(result, naming: "disk.data", "qemu-io")
+        }
         unlink(image)
         try Command.require(
             TestEnvironment.program, "create", "-o", "data_file=disk.data", image, "1M")

@@ -75,14 +75,13 @@ struct ImageVerbTests {
     @Test("A program that writes keeps info and check out, except with -U")
     func locked() throws {
         try makeImage(image)
-        let qemu = try Command.start(["qemu-io", "-c", "sleep 3000", image])
-        #expect(try eventually { try qcowfs("info", image).status == 1 })
-        for verb in ["info", "check"] {
-            expectRefusal(try qcowfs(verb, image), naming: image, "qemu-io", "pid \(qemu.pid)")
-            #expect(try qcowfs(verb, "-U", image).status == 0)
+        try whileQEMUHas(image) { process in
+            for verb in ["info", "check"] {
+                expectRefusal(try qcowfs(verb, image), naming: image, "qemu-io", "pid \(process)")
+                #expect(try qcowfs(verb, "-U", image).status == 0)
+            }
+            expectRefusal(try qcowfs("create", image, "1M"), naming: image, "qemu-io")
         }
-        expectRefusal(try qcowfs("create", image, "1M"), naming: image, "qemu-io")
-        _ = try qemu.wait()
         #expect(try qcowfs("check", image).status == 0)
     }
 

@@ -47,7 +47,7 @@ struct LockTests {
         #expect(try qemu(top, flags: ["-r"]) == 0)
         #expect(try qemu(top) != 0)
         try mount.unmount()
-        try whileQEMUHas(top, flags: ["-r"]) {
+        try whileQEMUHas(top, flags: ["-r"]) { _ in
             try TestMount(top, in: folder, options: ["--read-only"]).unmount()
         }
     }
@@ -55,12 +55,12 @@ struct LockTests {
     @Test("a mount is refused, and names the holder, while QEMU has the image")
     func isKeptOut() throws {
         let (folder, top, _) = try chain()
-        try whileQEMUHas(top) {
+        try whileQEMUHas(top) { _ in
             try expectMountRefused(top, in: folder, naming: ["top.qcow2", "qemu-io"])
             try expectMountRefused(
                 top, in: folder, options: ["--read-only"], naming: ["top.qcow2"])
         }
-        try whileQEMUHas(top, flags: ["-r"]) {
+        try whileQEMUHas(top, flags: ["-r"]) { _ in
             try expectMountRefused(top, in: folder, naming: ["top.qcow2"])
         }
     }
@@ -68,7 +68,7 @@ struct LockTests {
     @Test("a mount is refused while QEMU writes to its backing file")
     func isKeptOutOfBacking() throws {
         let (folder, top, base) = try chain()
-        try whileQEMUHas(base) {
+        try whileQEMUHas(base) { _ in
             try expectMountRefused(top, in: folder, naming: ["base.qcow2"])
         }
     }
@@ -76,7 +76,7 @@ struct LockTests {
     @Test("--force-share reads while another program writes")
     func forceShare() throws {
         let (folder, top, _) = try chain()
-        try whileQEMUHas(top) {
+        try whileQEMUHas(top) { _ in
             let mount = try TestMount(top, in: folder, options: ["--force-share"])
             #expect(try holds(mount.open(O_RDONLY), 0..<4096, 0xA1))
             try mount.unmount()

@@ -81,32 +81,35 @@ func isRunning(_ pid: Int32) -> Bool {
     return line.split(separator: ")").last?.split(separator: " ").first != "Z"
 }
 
-/// Keeps qemu-io open on `path` while `body` runs.
-func whileQEMUHas(_ path: String, flags: [String] = [], _ body: () throws -> Void)
-    throws
-{
+/// Keeps qemu-io open on `path` while `body` runs, which gets its process id.
+func whileQEMUHas(
+    _ path: String, format: String = "qcow2", flags: [String] = [],
+    _ body: (_ process: pid_t) throws -> Void
+) throws {
     var ends: [Int32] = [0, 0]
     try #require(pipe2(&ends, O_CLOEXEC) == 0)
     let holder = try Command.start(
-        ["qemu-io", "-f", "qcow2"] + flags + [path], input: "/proc/self/fd/\(ends[0])")
+        ["qemu-io", "-f", format] + flags + [path], input: "/proc/self/fd/\(ends[0])")
     defer {
         close(ends[0])
         close(ends[1])
     }
     _ = "read -q 0 512\n".withCString { write(ends[1], $0, strlen($0)) }
-    #expect(eventually { isLocked(path) })
-    do { try body() } catch { Issue.record(error) }
+    // Writes are not shared with others; raw disks leave that to whoever writes.
+    let byte = format == "raw" ? 101 : 201
+    #expect(eventually { isLocked(path, byte: byte) })
+    do { try body(holder.pid) } catch { Issue.record(error) }
     _ = "quit\n".withCString { write(ends[1], $0, strlen($0)) }
     _ = try holder.wait(timeout: 20)
 }
 
-/// Whether somebody holds one of the bytes that QEMU locks.
-private func isLocked(_ path: String) -> Bool {
+/// Whether somebody holds `byte`, one of those that QEMU locks.
+private func isLocked(_ path: String, byte: Int) -> Bool {
     guard let file = try? TestFile(path, O_RDWR) else { return false }
     var lock = flock()
     lock.l_type = Int16(F_WRLCK)
     lock.l_whence = Int16(SEEK_SET)
-    lock.l_start = 201
+    lock.l_start = byte
     lock.l_len = 1
     return fcntl(file.descriptor, F_OFD_GETLK, &lock) == 0 && lock.l_type != Int16(F_UNLCK)
 }
