@@ -6,7 +6,7 @@ import Testing
 /// Many threads on the same few clusters, with next to no cache, judged as registers are.
 @Suite("Torture", .serialized)
 struct TortureTests {
-    private static let stepCount = TestEnvironment.isLong ? 60_000 : 2_000
+    private static let stepCount = TestEnvironment.isLong ? 20_000 : 2_000
     private static let roundCount = 40
 
     private static let layouts = [
