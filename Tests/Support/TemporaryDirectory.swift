@@ -13,7 +13,18 @@ package final class TemporaryDirectory: Sendable {
         path = String(decoding: template.dropLast().map(UInt8.init(bitPattern:)), as: UTF8.self)
     }
 
-    deinit { try? FileManager.default.removeItem(atPath: path) }
+    deinit {
+        // A test's fields go in the order of their declaration: its mounts may still be there.
+        for mountpoint in mountpoints.reversed() { _ = try? Command.run(["umount", mountpoint]) }
+        try? FileManager.default.removeItem(atPath: path)
+    }
+
+    /// What is mounted in it, in the order of the mounts.
+    private var mountpoints: [String] {
+        let mounts = (try? String(contentsOfFile: "/proc/self/mountinfo", encoding: .utf8)) ?? ""
+        return mounts.split(separator: "\n").map { String($0.split(separator: " ")[4]) }
+            .filter { $0.hasPrefix(path + "/") }
+    }
 
     package func file(_ name: String) -> String { path + "/" + name }
 
