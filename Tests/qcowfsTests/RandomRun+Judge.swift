@@ -24,12 +24,21 @@ extension RandomRun {
             throw Difference(description: difference)
         }
         let mapped = try image.dataRanges()
-        for index in 0..<max(dataRanges.count, mapped.count) {
-            let our = index < dataRanges.count ? dataRanges[index] : 0..<0
-            let their = index < mapped.count ? mapped[index] : 0..<0
-            guard our == their else {
-                throw Difference(description: "holes: lseek said \(our), qemu-img map \(their)")
-            }
+        guard try dataRanges == mapped || isExplained(dataRanges, mapped) else {
+            throw Difference(description: "holes: lseek said \(dataRanges), qemu-img map \(mapped)")
+        }
+    }
+
+    /// Pages of a hole that were read through a mapping are data on tmpfs, until the kernel drops
+    /// them: a raw backing file may have fewer holes for lseek than for QEMU, which comes later.
+    private func isExplained(_ dataRanges: [Range<Int>], _ mapped: [Range<Int>]) throws -> Bool {
+        guard [.shorterRawBacking, .longerRawBacking].contains(combination.content),
+            RangeSet(mapped).isSubset(of: RangeSet(dataRanges))
+        else { return false }
+        let backing = try TestFile(folder.file("base.raw"), O_RDONLY)
+        return try RangeSet(dataRanges).subtracting(RangeSet(mapped)).ranges.allSatisfy { range in
+            try range.upperBound <= backing.byteCount()
+                && backing.read(range).allSatisfy { $0 == 0 }
         }
     }
 
