@@ -1,3 +1,9 @@
+import Foundation
+import Synchronization
+
+/// Encrypted images that QEMU made, by the words that made them.
+private let made = Mutex<[[String]: Data]>([:])
+
 /// An encrypted image as QEMU's tools see it, with its passphrase.
 package struct EncryptedImage: Sendable {
     package let path: String
@@ -45,10 +51,20 @@ package struct EncryptedImage: Sendable {
         size: Int, encryption: [String] = [], options: [String] = [], backing: String? = nil,
         backingFormat: String = "qcow2"
     ) throws {
-        try Command.require(
-            creation(
-                size: size, encryption: encryption, options: options, backing: backing,
-                backingFormat: backingFormat))
+        let words = creation(
+            size: size, encryption: encryption, options: options, backing: backing,
+            backingFormat: backingFormat)
+        // QEMU takes seconds to measure how long a key takes: of each kind one image is made.
+        let kind = words.filter { $0 != path }
+        let isAlone = isEncrypted && !options.contains { $0.hasPrefix("data_file=") }
+        if isAlone, let bytes = made.withLock({ $0[kind] }) {
+            return try bytes.write(to: URL(fileURLWithPath: path))
+        }
+        try Command.require(words)
+        if isAlone {
+            let bytes = try Data(contentsOf: URL(fileURLWithPath: path))
+            made.withLock { $0[kind] = bytes }
+        }
     }
 
     /// The words that make the image.
