@@ -58,9 +58,9 @@ def copy(target, changed={}):
     shutil.copy(PACKAGE / "Package.swift", target)
 
 
-def copy_library(target):
+def copy_library(target, changed={}):
     """The same with the library and its tests alone."""
-    replace(target, LIBRARY_FOLDERS, {})
+    replace(target, LIBRARY_FOLDERS, changed)
     manifest = only((PACKAGE / "Package.swift").read_text(), LIBRARY_TARGETS)
     manifest = re.sub(r"\n.*swift-argument-parser.*", "", manifest)
     (target / "Package.swift").write_text(manifest)
