@@ -1,5 +1,6 @@
 internal import Glibc
 internal import QCOW2
+internal import Synchronization
 
 /// Starts a thread that nobody waits for.
 ///
@@ -21,6 +22,52 @@ func startThread(_ name: String, _ body: @escaping @Sendable () -> Void) throws(
         throw MountError("", "no thread can be started: \(SystemError(code: code))")
     }
     pthread_detach(thread)
+}
+
+/// A thread that shares no descriptor with the others, for whatever waits for our own mount.
+///
+/// A killed process lets go of /dev/fuse when the last thread that shares its descriptors has ended.
+/// A thread that waits for our own mount ends when it is answered, or when the connection has ended:
+/// with shared descriptors, never.
+final class OutsideThread: Sendable {
+    private let exchange = Exchange()
+
+    private final class Exchange: Sendable {
+        let work = Mutex<(@Sendable () -> Void)?>(nil)
+        let isAsked = Semaphore()
+        let isDone = Semaphore()
+    }
+
+    init() throws(MountError) {
+        try startThread("outside") { [exchange] in
+            // Kernels before 5.9 do not know it: then the thread is one like the others.
+            _ = close_range(3, .max, Int32(CLOSE_RANGE_UNSHARE))
+            while true {
+                exchange.isAsked.wait()
+                guard let work = exchange.work.withLock({ $0.take() }) else { return }
+                work()
+                exchange.isDone.post()
+            }
+        }
+    }
+
+    deinit { exchange.isAsked.post() }
+
+    /// Runs `body` and returns what it returned; for one caller at a time.
+    ///
+    /// - Parameter body: opens what it needs: only the standard streams are open in it.
+    func run<Result: Sendable>(_ body: @escaping @Sendable () -> Result) -> Result? {
+        let outcome = Outcome<Result>()
+        exchange.work.withLock { $0 = { outcome.result.withLock { $0 = body() } } }
+        exchange.isAsked.post()
+        exchange.isDone.wait()
+        return outcome.result.withLock { $0 }
+    }
+}
+
+/// What a thread leaves for the one that waits for it.
+private final class Outcome<Result: Sendable>: Sendable {
+    let result = Mutex<Result?>(nil)
 }
 
 private final class ThreadWork: Sendable {

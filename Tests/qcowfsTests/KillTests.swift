@@ -33,6 +33,36 @@ struct KillTests {
         print("• \(Self.roundCount) daemons killed, \(ledger.counts), \(options)")
     }
 
+    @Test(
+        "kill -9 ends the mount although the daemon just waits for what it holds itself",
+        .enabled(if: TestEnvironment.has("xfs_io"), "xfsprogs is missing"))
+    func waitsForItself() throws {
+        let folder = try TemporaryDirectory()
+        let path = folder.file("disk.qcow2")
+        try QemuImg.create(path, size: 64.MiB)
+        for round in 0..<(TestEnvironment.isLong ? 100 : 5) {
+            let mount = try TestMount(path, in: folder, options: ["--writeback", "on"])
+            let daemon = try mount.daemon()
+            // Each look for holes makes the kernel write what it keeps back.
+            let users = try [
+                "dd if=/dev/zero of=\(mount.disk) bs=1M count=60 conv=notrunc status=none",
+                "xfs_io -c 'seek -a 0' \(mount.disk)",
+            ].map { try Command.start(["sh", "-c", "while \($0) >&2; do :; done"]) }
+            usleep(300_000 + UInt32(round) * 37_000)
+            kill(daemon, SIGKILL)
+            do {
+                for user in users { _ = try user.wait(timeout: 20) }
+            } catch {
+                // Otherwise nobody who uses the mount could be ended.
+                _ = try Command.run(["umount", "-f", mount.mountpoint])
+                throw error
+            }
+            try Command.require([TestEnvironment.program, "umount", mount.mountpoint])
+            mount.wasUnmounted()
+        }
+        #expect(try QemuImg.check(path).status != 2)
+    }
+
     /// Mounts, lets four threads write, kills the daemon and cleans up as a person would.
     private func loadAndKill(
         _ path: String, _ folder: TemporaryDirectory, _ ledger: Ledger, after pause: UInt32,

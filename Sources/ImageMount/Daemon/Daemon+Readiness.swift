@@ -28,10 +28,24 @@ extension Daemon {
     private func verify() throws(MountError) -> String {
         let node = catalogue.allNodes.first
         let path = node.map { ownAccess.path(of: $0.pointer) } ?? mountpoint
-        let descriptor = ownAccess.open(path)
+        let mountpoint = mountpoint
+        let found = ownAccess.asOwnThread {
+            Swift.Result { () throws(MountError) in
+                try Self.device(of: mountpoint, showing: path, isFile: node != nil)
+            }
+        }
+        guard let found else { throw MountError(mountpoint, "no thread can be started") }
+        return try found.get()
+    }
+
+    /// The number of the file system at `mountpoint`, after a look at a `path` in it.
+    private static func device(
+        of mountpoint: String, showing path: String, isFile: Bool
+    ) throws(MountError) -> String {
+        let descriptor = open(path, O_RDONLY | O_CLOEXEC | O_NOFOLLOW)
         guard descriptor >= 0 || errno == EACCES else { throw MountError(path, .last) }
         defer { if descriptor >= 0 { close(descriptor) } }
-        if node != nil, descriptor >= 0 {
+        if isFile, descriptor >= 0 {
             var byte: UInt8 = 0
             // A first sector that is damaged is no reason to withhold the others.
             if pread(descriptor, &byte, 1, 0) < 0, errno != EIO { throw MountError(path, .last) }

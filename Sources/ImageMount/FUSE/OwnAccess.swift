@@ -11,8 +11,9 @@ internal import Synchronization
 /// them out (an fsync would wait for the inode's lock, which SEEK_DATA holds).  The descriptor is
 /// closed at once: a lasting one would keep the mount busy for ever.
 ///
-/// All of this runs on a thread of its own, never on a worker: it waits for writes that the workers
-/// must take.
+/// All of this is asked for on a thread of its own, never on a worker: it waits for writes that the
+/// workers must take.  And the waiting itself is an `OutsideThread`'s, so that the mount ends
+/// with a daemon that is killed meanwhile.
 final class OwnAccess: Sendable {
     private let catalogue: Catalogue
     /// The mountpoint as it was resolved before the mount.
@@ -57,6 +58,7 @@ final class OwnAccess: Sendable {
     }
 
     private func work() {
+        let outside = try? OutsideThread()
         while true {
             wakeUp.wait()
             let job = queue.withLock { queue -> Job? in
@@ -65,8 +67,8 @@ final class OwnAccess: Sendable {
                 return queue.jobs.removeFirst()
             }
             switch job {
-            case .seek(let pending): answer(pending)
-            case .read(let pending): answer(pending)
+            case .seek(let pending): answer(pending, outside)
+            case .read(let pending): answer(pending, outside)
             case .written(let pending): answer(pending)
             case nil: break
             }
@@ -94,11 +96,17 @@ extension OwnAccess {
         ownThreads.withLock { !$0.isEmpty && $0.contains(thread) }
     }
 
-    private func asOwnThread<Result>(_ body: () -> Result) -> Result {
-        let thread = gettid()
-        ownThreads.withLock { _ = $0.insert(thread) }
-        defer { ownThreads.withLock { _ = $0.remove(thread) } }
-        return body()
+    /// Runs `body`, which uses the mount, without counting as a client; nil where there is no
+    /// thread for it.
+    func asOwnThread<Result: Sendable>(
+        _ outside: OutsideThread? = try? OutsideThread(), _ body: @escaping @Sendable () -> Result
+    ) -> Result? {
+        outside?.run {
+            let thread = gettid()
+            self.ownThreads.withLock { _ = $0.insert(thread) }
+            defer { self.ownThreads.withLock { _ = $0.remove(thread) } }
+            return body()
+        }
     }
 
     /// Makes the kernel hand over every dirty page of every file that may have some.
@@ -124,8 +132,11 @@ extension OwnAccess {
             // Whoever asked for the change finds it done, however busy the file is.
             return waitForSize(of: number(of: node), milliseconds: 10_000)
         }
-        var status = stat()
-        _ = stat(path(of: node), &status)
+        let path = path(of: node)
+        _ = asOwnThread {
+            var status = stat()
+            return stat(path, &status)
+        }
     }
 
     /// Makes the kernel ask again which snapshots there are.
@@ -144,20 +155,20 @@ extension OwnAccess {
     }
 
     /// Makes the kernel hand over the dirty pages of one file; false where it could not be asked.
-    private func flush(_ node: UnsafeMutablePointer<FileNode>) -> Bool {
-        let descriptor = open(path(of: node))
-        guard descriptor >= 0 else { return false }
-        defer { close(descriptor) }
-        // All three flags: any fewer, and pages may be left behind when the kernel is busy.
-        let everything = UInt32(
-            SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER)
-        return sync_file_range(descriptor, 0, 0, everything) == 0
-    }
-
-    /// Opens a file of the mount, or its directory, without counting as a client; -1 and `errno` on
-    /// failure.
-    func open(_ path: String) -> Int32 {
-        asOwnThread { Glibc.open(path, O_RDONLY | O_CLOEXEC | O_NOFOLLOW) }
+    private func flush(
+        _ node: UnsafeMutablePointer<FileNode>, _ outside: OutsideThread? = try? OutsideThread()
+    ) -> Bool {
+        let path = path(of: node)
+        let isFlushed = asOwnThread(outside) {
+            let descriptor = open(path, O_RDONLY | O_CLOEXEC | O_NOFOLLOW)
+            guard descriptor >= 0 else { return false }
+            defer { close(descriptor) }
+            // All three flags: any fewer, and pages may be left behind when the kernel is busy.
+            let everything = UInt32(
+                SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER)
+            return sync_file_range(descriptor, 0, 0, everything) == 0
+        }
+        return isFlushed ?? false
     }
 
     func path(of node: UnsafeMutablePointer<FileNode>) -> String {
@@ -187,9 +198,9 @@ extension OwnAccess {
     /// Answers `pending` when the pages that the kernel holds have been written.
     func seekAfterFlush(_ pending: PendingSeek) { add(.seek(pending)) }
 
-    private func answer(_ pending: PendingSeek) {
+    private func answer(_ pending: PendingSeek, _ outside: OutsideThread?) {
         let reply = Reply(pending.request)
-        if pagesAreOut(of: pending.number) {
+        if pagesAreOut(of: pending.number, outside) {
             seek(pending.target, from: pending.offset, in: pending.image.pointer, reply)
         } else {
             answerAllData(pending, reply)
@@ -197,8 +208,8 @@ extension OwnAccess {
     }
 
     /// Makes the kernel hand over its dirty pages; false where it could not be asked.
-    private func pagesAreOut(of number: fuse_ino_t) -> Bool {
-        node(number).map { flush($0) } ?? false || dropPages(of: number)
+    private func pagesAreOut(of number: fuse_ino_t, _ outside: OutsideThread?) -> Bool {
+        node(number).map { flush($0, outside) } ?? false || dropPages(of: number)
     }
 
     /// Makes the kernel write and forget its pages: slower, but possible without a path.
@@ -253,8 +264,8 @@ extension OwnAccess {
         Reply(pending.request).written(pending.count)
     }
 
-    private func answer(_ pending: PendingRead) {
-        guard pagesAreOut(of: pending.number) else {
+    private func answer(_ pending: PendingRead, _ outside: OutsideThread?) {
+        guard pagesAreOut(of: pending.number, outside) else {
             return Reply(pending.request).status(EIO)
         }
         serve(pending.request) {
@@ -310,6 +321,7 @@ extension OwnAccess {
     /// Sets the file to the size it has.
     func tellSize(of node: UnsafeMutablePointer<FileNode>) {
         guard let size = node.pointee.withOpenImage({ $0.pointee.size }) else { return }
-        _ = asOwnThread { Glibc.truncate(path(of: node), off_t(clamping: size)) }
+        let path = path(of: node)
+        _ = asOwnThread { truncate(path, off_t(clamping: size)) }
     }
 }
