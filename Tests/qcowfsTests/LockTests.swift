@@ -73,6 +73,29 @@ struct LockTests {
         }
     }
 
+    @Test("a mount that hangs holds up nobody who changes another")
+    func hangsAlone() throws {
+        let folder = try TemporaryDirectory()
+        let mounts = try ["stopped", "other"].map { name in
+            let image = folder.file("\(name).qcow2")
+            try makeImage(image)
+            return try TestMount([image], on: folder.directory(name))
+        }
+        let file = try mounts[0].open()
+        // What the kernel knew of the file's attributes is old now.
+        try file.write([1, 2, 3], at: 0)
+        let daemon = try mounts[0].daemon()
+        kill(daemon, SIGSTOP)
+        let change = Result {
+            try Command.require(
+                [TestEnvironment.program, "snapshot", "-c", "new", mounts[1].image], timeout: 20)
+        }
+        kill(daemon, SIGCONT)
+        _ = try change.get()
+        try mounts[1].unmount()
+        #expect(try QemuImg.info(mounts[1].image).snapshots.map(\.name) == ["new"])
+    }
+
     @Test("--force-share reads while another program writes")
     func forceShare() throws {
         let (folder, top, _) = try chain()

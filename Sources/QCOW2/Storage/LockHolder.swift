@@ -16,8 +16,10 @@ package struct LockHolder: Equatable, Sendable, CustomStringConvertible {
         for processID in entries(of: "/proc").compactMap({ Int32($0) }).sorted() {
             for descriptor in entries(of: "/proc/\(processID)/fd").compactMap({ Int32($0) }) {
                 if processID == getpid() && descriptor == device.descriptor { continue }
-                guard isOpen(descriptor, of: processID, on: device.identity),
-                    holdsLock(descriptor, of: processID, on: bytes)
+                // Only what is locked is looked at: to ask for a file's attributes is to ask who
+                // serves it, another mount that hangs for instance.
+                guard holdsLock(descriptor, of: processID, on: bytes),
+                    isOpen(descriptor, of: processID, on: device.identity)
                 else { continue }
                 return LockHolder(program: name(of: processID), processID: processID)
             }
