@@ -115,14 +115,15 @@ extension Image {
         var cluster = UInt64(index) &* map.tableClusterCount
         let end = cluster &+ map.tableClusterCount
         while cluster < end {
-            if try restoreCopied(ofSliceAt: cluster, writing) {
-                cluster &+= map.sliceClusterCount
-                if map.isHalfFull { try writing.commit.now() }
-            } else {
-                try writing.commit.now()
-            }
+            let part = cluster..<min(cluster &+ Self.slicesAtOnce &* map.sliceClusterCount, end)
+            cluster = try restoreCopied(of: part, writing)
+            if cluster < part.upperBound || map.isHalfFull { try writing.commit.now() }
         }
     }
+
+    /// How many slices of an L2 table get their flags while commits wait: more, and clients that
+    /// sync notice; fewer, and these waits add up.
+    private static var slicesAtOnce: UInt64 { 16 }
 
     /// Marks a table that nobody shares; nobody replaces it by a copy from here on, so that what
     /// its entries get is in the table that stays.
@@ -137,26 +138,37 @@ extension Image {
         }
     }
 
-    /// False where the cache has no room before the next commit.
+    /// Returns how far it came: not to the end where the cache has no room before the next commit.
     private func restoreCopied(
-        ofSliceAt cluster: UInt64, _ writing: Writing
-    ) throws(ImageError) -> Bool {
+        of clusters: Range<UInt64>, _ writing: Writing
+    ) throws(ImageError) -> UInt64 {
         // No commit runs: a cluster that an entry has is not freed, and given to the same entry
         // again, between the look at its count and the change.
         try writing.commit.excluding { () throws(ImageError) in
-            guard let entries = try map.entries(ofSliceAt: cluster) else { return false }
-            let isAlone = try haveClustersAlone(entries, writing)
-            let isRight = zip(entries, isAlone).allSatisfy { $1 == nil || $0.isCopied == $1 }
-            if isRight { return true }
-            let done = try map.update(cluster, count: entries.count) { index, old in
-                // A client may have changed it; its new cluster is marked as it should be.
-                guard let isAlone = isAlone[index], !old.isCompressed,
-                    old.offset == entries[index].offset
-                else { return old }
-                return old.withCopied(isAlone)
+            var cluster = clusters.lowerBound
+            while cluster < clusters.upperBound, try restoreCopied(ofSliceAt: cluster, writing) {
+                cluster &+= map.sliceClusterCount
             }
-            return done == entries.count
+            return cluster
         }
+    }
+
+    /// The same for a slice, while no commit runs; false where the cache has no room.
+    private func restoreCopied(
+        ofSliceAt cluster: UInt64, _ writing: Writing
+    ) throws(ImageError) -> Bool {
+        guard let entries = try map.entries(ofSliceAt: cluster) else { return false }
+        let isAlone = try haveClustersAlone(entries, writing)
+        let isRight = zip(entries, isAlone).allSatisfy { $1 == nil || $0.isCopied == $1 }
+        if isRight { return true }
+        let done = try map.update(cluster, count: entries.count) { index, old in
+            // A client may have changed it; its new cluster is marked as it should be.
+            guard let isAlone = isAlone[index], !old.isCompressed,
+                old.offset == entries[index].offset
+            else { return old }
+            return old.withCopied(isAlone)
+        }
+        return done == entries.count
     }
 
     /// For each entry whether its cluster has one reference only; nil where it has no cluster, or
