@@ -26,9 +26,9 @@ func startThread(_ name: String, _ body: @escaping @Sendable () -> Void) throws(
 
 /// A thread that shares no descriptor with the others, for whatever waits for our own mount.
 ///
-/// A killed process lets go of /dev/fuse when the last thread that shares its descriptors has ended.
-/// A thread that waits for our own mount ends when it is answered, or when the connection has ended:
-/// with shared descriptors, never.
+/// A killed process lets go of /dev/fuse when the last thread that shares its descriptors has
+/// ended.  A thread that waits for our own mount ends when it is answered, or when the connection
+/// has ended: with shared descriptors, never.
 final class OutsideThread: Sendable {
     private let exchange = Exchange()
 
