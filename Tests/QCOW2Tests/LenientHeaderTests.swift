@@ -42,7 +42,7 @@ struct LenientHeaderTests {
     func name() throws {
         for (offset, count, isKept) in [
             (65536, 0, true), (65537, 0, false), (65530, 6, true), (65530, 7, false),
-            (1 << 60, 1, false),
+            (1 << 60, 1, false), (1 << 63, 0, false), (.max, 1, false),
         ] as [(UInt64, UInt32, Bool)] {
             let header = try header {
                 $0.put(offset, at: 8)

@@ -15,6 +15,7 @@ package enum HostileImage {
         let device = RecordingDevice(bytes, name: "hostile.qcow2", yielding: false)
         let check = try? ImageCheck(device)
         look(at: device)
+        if !keepsHeader(device, bytes) { return "what is dehydrated has lost its header" }
         if device.moments.contains(where: \.changesBytes) {
             return "an image opened read-only was written to"
         }
@@ -24,6 +25,16 @@ package enum HostileImage {
         let fault = change(disk, seed: UInt64(bytes.count))
         // Where counts are lower than they must be, clusters are shared that nobody can know of.
         return check?.corruptionCount == 0 ? fault : nil
+    }
+
+    /// Whether the fixed part of the header comes back from the metadata.
+    private static func keepsHeader(_ device: RecordingDevice, _ bytes: [UInt8]) -> Bool {
+        let (skeleton, again) = (RAMDisk(), RAMDisk())
+        guard (try? Dehydration().run(device, to: skeleton)) != nil else { return true }
+        try? Rehydration.run(skeleton, to: again)
+        var start = [UInt8](repeating: 0, count: min(72, bytes.count))
+        _ = try? start.withUnsafeMutableBytes { try again.read(into: $0, at: 0) }
+        return start.elementsEqual(bytes.prefix(72))
     }
 
     /// Reads what there is to read.

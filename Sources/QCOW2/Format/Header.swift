@@ -229,8 +229,9 @@ extension Header {
 
     mutating func parseExtensions(_ bytes: UnsafeRawBufferPointer) throws(FormatError) {
         let start = min(Int(byteCount), bytes.count)
-        var end = backingFileOffset == 0 ? bytes.count : min(Int(backingFileOffset), bytes.count)
-        end = max(min(end, Int(clusterByteCount)), start)
+        // Nobody has looked yet at what a damaged header says of the name.
+        let name = backingFileOffset == 0 ? clusterByteCount : backingFileOffset
+        let end = max(min(Int(min(name, clusterByteCount)), bytes.count), start)
         extensions = try HeaderExtension.parse(UnsafeRawBufferPointer(rebasing: bytes[start..<end]))
         if let format = extensions.first(where: { $0.type == HeaderExtension.backingFormat }),
             format.data.count > Limits.backingFormatByteCount

@@ -73,15 +73,17 @@ public struct Dehydration: Sendable {
             var survey = try MetadataSurvey(
                 device, header, fileByteCount: fileByteCount, redactsNames: redactsNames)
             try survey.run { progress?($0 / 2) ?? true }
-            regions = survey.regions
+            regions = survey.regions.sorted { $0.offset < $1.offset }
             filter = survey.filter
             summary.notes = survey.notes
         } else {
             summary.notes = ["the header makes no sense: only its fixed part is kept"]
         }
         let kept = HeaderMask(redactsNames: redactsNames).keep(start, header)
-        regions.append(
-            MetadataSurvey.Region(offset: 0, byteCount: UInt64(kept.count), content: .bytes(kept)))
+        // Before whatever damage has made begin at 0 too.
+        regions.insert(
+            MetadataSurvey.Region(offset: 0, byteCount: UInt64(kept.count), content: .bytes(kept)),
+            at: 0)
         var writer = try SkeletonFile.Writer(
             target, imageByteCount: fileByteCount, redactsNames: redactsNames)
         let copy = RegionCopy(device: device, fileByteCount: fileByteCount, filter: filter)
@@ -102,7 +104,7 @@ public struct Dehydration: Sendable {
     }
 }
 
-/// Puts regions in their order, and copies what passes.
+/// Copies what passes of regions, which are in the order of their offsets.
 private struct RegionCopy {
     let device: any BlockDevice
     let fileByteCount: UInt64
@@ -114,8 +116,7 @@ private struct RegionCopy {
     ) throws(ImageError) {
         var buffer = [UInt8](repeating: 0, count: SkeletonFile.runByteCount)
         var end: UInt64 = 0
-        let sorted = regions.sorted { $0.offset < $1.offset }
-        for (number, region) in sorted.enumerated() {
+        for (number, region) in regions.enumerated() {
             let limit = min(region.offset &+ region.byteCount, fileByteCount)
             // Where damaged tables overlap the first one has the bytes; entries stay whole.
             var into = region.offset < end ? (end - region.offset + 15) & ~15 : 0
@@ -132,7 +133,7 @@ private struct RegionCopy {
                 into += UInt64(count)
                 end = offset + UInt64(count)
             }
-            if number % 64 == 0, !progress(Double(number) / Double(sorted.count)) {
+            if number % 64 == 0, !progress(Double(number) / Double(regions.count)) {
                 throw ImageError(.cancelled, file: device.name)
             }
         }
