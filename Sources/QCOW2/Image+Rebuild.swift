@@ -1,4 +1,5 @@
-/// What a dirty image needs before it is written to.
+/// What an image needs whose refcounts may be wrong: one that was not closed, before it is written
+/// to, and one with a change of the snapshots that was given up half-way, before it is closed.
 extension Image.Writing {
     /// Makes counts and COPIED flags agree with the references, then clears the dirty bit.
     /// - Throws: `.corrupt` where references cannot be counted because a structure is damaged.
@@ -10,7 +11,7 @@ extension Image.Writing {
         try walk.run()
         if let damage {
             throw file.corrupt(
-                "was not closed, and its refcounts cannot be rebuilt (\(damage)): "
+                "its refcounts may be wrong, and cannot be rebuilt (\(damage)): "
                     + "mount it with --read-only to save its data"
             )
         }
@@ -24,6 +25,7 @@ extension Image.Writing {
             try commit.relieve()
         }
         try commit.finish()
+        guard header.version == 3 else { return }
         let features = header.incompatibleFeatures.subtracting(.dirty)
         try self.header.changeNow {
             $0.storeBigEndian(features.rawValue, at: HeaderField.incompatibleFeatures)

@@ -82,9 +82,9 @@ extension Image {
         var tableRoom: ClusterRun?
         var isSwitched = false
         do throws(ImageError) {
+            try writing.markDirty(true, header)
             new.l1Offset = (l1Room?.first ?? 0) &<< map.clusterBits
             tableRoom = try takeRoom((old + [new]).tableByteCount, writing)
-            try writing.markDirty(true, header)
             try capture(writing)
             // Most of what is dirty is written while clients go on.
             try writing.commit.now()

@@ -1,4 +1,5 @@
 internal import Logging
+internal import Synchronization
 
 /// What every change of the snapshots needs.
 extension Image {
@@ -190,9 +191,10 @@ extension Image {
 
 extension Image.Writing {
     /// Sets or clears the dirty bit (version 3), durably: after a crash in between, counts that are
-    /// too high are put right by whoever opens the image.
+    /// too high are put right by whoever opens the image; after a failure in between, by `close()`.
     func markDirty(_ isDirty: Bool, _ atOpen: Header) throws(ImageError) {
-        guard atOpen.version == 3 else { return }
+        let unfinished = unfinishedChangeCount.add(isDirty ? 1 : -1, ordering: .releasing).newValue
+        guard atOpen.version == 3, isDirty || unfinished == 0 else { return }
         let other = atOpen.incompatibleFeatures.subtracting(.dirty)
         let features = isDirty ? other.union(.dirty) : other
         header.change {

@@ -66,6 +66,9 @@ public final class Image: Sendable {
         let hasBegun = Atomic(false)
         let scratch = ScratchPool()
         let capture = SnapshotCapture()
+        /// Changes of the snapshots that are under way, or were given up half-way: as long as there
+        /// are any, counts may be too high and COPIED flags wrong.
+        let unfinishedChangeCount = Atomic(0)
         let bitmaps = BitmapSession()
 
         init(
@@ -185,6 +188,10 @@ public final class Image: Sendable {
         guard writing.hasBegun.load(ordering: .acquiring) else { return }
         try writing.commit.finish()
         try saveBitmaps(writing)
+        if writing.unfinishedChangeCount.load(ordering: .acquiring) > 0 {
+            let header = try Header.readSupported(from: writing.file.device)
+            try writing.rebuildRefcounts(header, map: map, file: writing.file)
+        }
     }
 
     /// The files are the parent's.

@@ -168,6 +168,42 @@ struct FaultTests {
         }
     }
 
+    /// The failed command may have got as far as the snapshot table: then it counts as done.
+    @Test(
+        "A change of the snapshots that lacks space leaves right counts and flags once closed",
+        arguments: [2, 3] as [UInt32], ["create", "delete", "apply"])
+    func failedSnapshot(version: UInt32, verb: String) throws {
+        let layout = CrashLayout(version: version, clusterBits: 9, guestClusters: 192)
+        var failures = 0
+        for call in 0..<60 {
+            for isRepeated in [false, true] {
+                let device = RecordingDevice(layout.build().image, yielding: false)
+                let faulty = FaultyDevice(
+                    device, FaultyDevice.Fault(.write, call: call, error: .noSpace, times: 8))
+                let image = try Image.open(faulty)
+                func change() throws {
+                    switch verb {
+                    case "create": try image.createSnapshot("new")
+                    case "delete": try image.deleteSnapshot("kept")
+                    default: try image.applySnapshot("kept")
+                    }
+                }
+                try? image.write(SectorPattern.bytes(sectors: 3..<40, value: 100), at: 3 * 512)
+                do { try change() } catch { failures += 1 }
+                for _ in 0..<10 where (try? image.flush()) == nil {}
+                // What is not there any more is not deleted again.
+                if isRepeated { try? change() }
+                // The fault may last as long as that; then it is told.
+                do { try image.close() } catch { continue }
+                let check = try ImageCheck(RecordingDevice(device.bytes, yielding: false))
+                #expect(
+                    check.corruptionCount == 0 && check.leakCount == 0,
+                    "write \(call), repeated: \(isRepeated)")
+            }
+        }
+        #expect(failures > 10)
+    }
+
     @Test("A change of size that fails leaves the size that clients go on with")
     func failedResize() throws {
         let layout = CrashLayout(clusterBits: 9, guestClusters: 192, hasSnapshot: false)
