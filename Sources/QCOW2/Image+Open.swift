@@ -153,7 +153,8 @@ extension Image {
         let guarded = try MetadataGuard(
             map: map,
             tableCount: Int(header.l1EntryCount) + Int(header.refcountTableClusterCount) * 8)
-        for table in try FixedTables.find(in: file, header: header) { guarded.add(table) }
+        let tables = try FixedTables(in: file, header: header)
+        for table in tables.ofHeader + tables.others { guarded.add(table) }
         let allocator = try ClusterAllocator(header, in: file, guarded: guarded)
         if let cluster = guarded.collision() {
             throw file.corrupt(
@@ -170,6 +171,8 @@ extension Image {
         if header.incompatibleFeatures.contains(.dirty) {
             chain.options.logger.notice("\(file.name): was not closed; rebuilding its refcounts")
             try writing.rebuildRefcounts(header, map: map, file: file)
+        } else {
+            try allocator.checkCounted([map.l1Clusters] + tables.ofHeader)
         }
         return writing
     }

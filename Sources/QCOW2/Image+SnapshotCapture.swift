@@ -124,8 +124,8 @@ extension Image {
 
     /// Takes back what was counted for a snapshot that does not come about, and its clusters.
     ///
-    /// Where even that fails, the counts stay too high until `close()`: clusters are lost meanwhile,
-    /// nothing else, and the dirty bit stays set.
+    /// Where even that fails, the counts stay too high until `close()`: clusters are lost
+    /// meanwhile, nothing else, and the dirty bit stays set.
     func giveUp(_ rooms: [ClusterRun?], _ writing: Writing) throws(ImageError) {
         ranges.lockEverything()
         defer {

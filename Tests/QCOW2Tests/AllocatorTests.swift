@@ -425,6 +425,6 @@ struct AllocatorTests {
         let parts = try AllocatorTests(builder)
         #expect {
             try parts.allocator.allocate(1)
-        } throws: { "\($0)".contains("the cluster at 0x200 is metadata, its refcount is 0") }
+        } throws: { "\($0)".contains("the refcount of the metadata at 0x200 is 0") }
     }
 }

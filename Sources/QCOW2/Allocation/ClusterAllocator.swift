@@ -28,6 +28,8 @@ package final class ClusterAllocator: Sendable {
         /// 4 KiB pages of the table changed since the last freeze.
         var dirtyTablePages: Set<Int> = []
         var tableHasMoved = false
+        /// By number of a block that the image came with: whether its counts can be.
+        var isVetted: [Bool]
         /// No cluster below is free.
         var hint: UInt64 = 1
         /// Where the last compressed stream ends; 0 where the next one needs a cluster of its own.
@@ -56,7 +58,8 @@ package final class ClusterAllocator: Sendable {
                 table: table, blockEnd: (table.lastIndex { $0 != 0 } ?? -1) + 1,
                 tableOffset: header.refcountTableOffset,
                 cache: RefcountCache(
-                    file: file, pageByteCount: pageByteCount, byteCount: cacheByteCount)))
+                    file: file, pageByteCount: pageByteCount, byteCount: cacheByteCount),
+                isVetted: Array(repeating: false, count: table.count)))
         guarded.add(tableClusters(offset: header.refcountTableOffset, entryCount: table.count))
         for entry in table where entry != 0 {
             guarded.addRefcountBlock(RefcountTableEntry(bits: entry).offset &>> clusterBits)
@@ -103,9 +106,7 @@ package final class ClusterAllocator: Sendable {
         guard let run = try findFree(UInt64(count), exactly, &state) else { return nil }
         for cluster in run.first..<run.end {
             guard !guarded.overlaps(cluster &<< clusterBits, clusterByteCount) else {
-                throw file.corrupt(
-                    "the cluster at \(hex(cluster &<< clusterBits)) is metadata, its refcount is 0"
-                )
+                throw freeMetadata(cluster)
             }
         }
         for cluster in run.first..<run.end { try setCount(1, of: cluster, &state) }
@@ -129,6 +130,7 @@ package final class ClusterAllocator: Sendable {
                 cluster = UInt64(block &+ 1) &<< blockBits
                 continue
             }
+            try vet(block, &state)
             let bytes = UnsafeRawBufferPointer(try page(of: cluster, &state))
             let pageEnd = (cluster &>> pageBits &+ 1) &<< pageBits
             while cluster < pageEnd {

@@ -15,6 +15,8 @@ package final class MetadataGuard: Sendable {
     private struct Known {
         var tables: [ClusterRun] = []
         var refcountBlocks: Set<UInt64> = []
+        /// A refcount block under two entries of the refcount table.
+        var sharedBlock: UInt64?
         /// Clusters that were L2 tables at some time; those that an image came with are among them
         /// as soon as it was asked for one.
         var l2Tables: Set<UInt64> = []
@@ -46,7 +48,9 @@ package final class MetadataGuard: Sendable {
     }
 
     package func addRefcountBlock(_ cluster: UInt64) {
-        known.withLock { _ = $0.refcountBlocks.insert(cluster) }
+        known.withLock {
+            if !$0.refcountBlocks.insert(cluster).inserted { $0.sharedBlock = cluster }
+        }
         mark(cluster)
     }
 
@@ -73,8 +77,9 @@ package final class MetadataGuard: Sendable {
         return false
     }
 
+    /// Whether the cluster is metadata, or one of a few others; one load.
     @inline(__always)
-    private func isMarked(_ cluster: UInt64) -> Bool {
+    func isMarked(_ cluster: UInt64) -> Bool {
         let bit = Int(truncatingIfNeeded: cluster) & (filter.count &* 64 &- 1)
         return cluster == 0
             || filter[bit &>> 6].load(ordering: .relaxed) &>> UInt64(bit & 63) & 1 != 0
@@ -132,6 +137,7 @@ package final class MetadataGuard: Sendable {
     /// Refcount blocks and tables that lie on one another; nil when all is well.
     package func collision() -> UInt64? {
         known.withLock { known in
+            if let block = known.sharedBlock { return block }
             var tables = known.tables
             if map.l1Clusters.count > 0 { tables.append(map.l1Clusters) }
             tables.sort { $0.first < $1.first }

@@ -49,15 +49,11 @@ struct RefcountTraps {
         let table = Int(bytes.number(at: 48, as: UInt64.self))
         bytes.put(UInt64(1 << 30), at: table)
         let device = RecordingDevice(bytes, yielding: false)
-        let image = try Image.open(device)
-        #expect(throws: ImageError.self) {
-            try image.write([UInt8](repeating: 1, count: 512), at: 512)
-        }
+        #expect(throws: ImageError.self) { try Image.open(device) }
+        #expect(device.bytes == bytes)
+        let image = try Image.open(device, options: .readOnly)
         #expect(try image.bytes(0..<512) == [UInt8](repeating: 1, count: 512))
-        try? image.close()
-        #expect(device.bytes.count == bytes.count)
-        // The corrupt bit, and nothing else.
-        #expect(zip(device.bytes, bytes).count { $0 != $1 } == 1)
+        try image.close()
     }
 
     @Test("Trap 39: entries of the refcount table are offsets and nothing else")
@@ -188,7 +184,11 @@ struct RefcountTraps {
             }
         bytes.put(UInt16(0), at: block + host / 4096 * 2)
         let device = RecordingDevice(bytes, yielding: false)
-        let image = try Image.open(device)
+        // Of what the header points to, the counts are looked at first.
+        guard let image = try? Image.open(device) else {
+            #expect(["header", "L1 table", "refcount table"].contains(structure))
+            return #expect(device.bytes == bytes)
+        }
         for cluster in 1..<100 {
             do { try image.write([UInt8](repeating: 0x22, count: 4096), at: cluster * 4096) } catch
             {
@@ -206,6 +206,39 @@ struct RefcountTraps {
                 #expect(Set(content).isSubset(of: content[0] == 0 ? [0] : [0x22]))
             }
         }
+    }
+
+    @Test("Where counts say that a table is free, what they say of data before it is not believed")
+    func countsOfTableAndData() throws {
+        var builder = ImageBuilder(byteCount: 1.MiB, clusterBits: 9)
+        // The second L2 table lies behind the data of the first one.
+        for cluster in 0..<65 where cluster != 63 { builder.fill(0x11, guestCluster: cluster) }
+        let table = builder.entryOffset(64) / 512
+        var bytes = builder.build()
+        let block = bytes.number(at: Int(bytes.number(at: 48, as: UInt64.self)), as: UInt64.self)
+        for cluster in table - 40...table { bytes.put(UInt16(0), at: Int(block) + cluster * 2) }
+        let device = RecordingDevice(bytes, yielding: false)
+        let image = try Image.open(device)
+        let error = #expect(throws: ImageError.self) { try image.write([0x22], at: 63 * 512) }
+        #expect("\(try #require(error))".contains("is 0"))
+        try? image.close()
+        try device.bytes.withUnsafeBytes { after in
+            let reader = try ReferenceReader(after)
+            #expect(try reader.read(0..<63 * 512).allSatisfy { $0 == 0x11 })
+            #expect(try reader.read(64 * 512..<65 * 512).allSatisfy { $0 == 0x11 })
+        }
+    }
+
+    @Test("A refcount block under two entries of the refcount table is not written to")
+    func blockTwice() throws {
+        var builder = ImageBuilder(byteCount: 1.MiB, clusterBits: 9)
+        for cluster in 0..<600 { builder.fill(0x11, guestCluster: cluster) }
+        var bytes = builder.build()
+        let table = Int(bytes.number(at: 48, as: UInt64.self))
+        bytes.put(bytes.number(at: table, as: UInt64.self), at: table + 8)
+        let device = RecordingDevice(bytes, yielding: false)
+        #expect(throws: ImageError.self) { try Image.open(device) }
+        try Image.open(device, options: .readOnly).close()
     }
 
     @Test(
