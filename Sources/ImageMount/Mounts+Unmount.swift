@@ -17,6 +17,12 @@ extension Mounts {
         guard let client = ControlClient(entry) else {
             return try unmountWithoutDaemon(entry, timeout: timeout)
         }
+        guard !client.isUnheard else {
+            throw MountError(
+                entry.mountpoint,
+                "its daemon does not answer, and others wait for it already: let it go on"
+                    + " (kill -CONT), or end it (kill -9), then unmount again")
+        }
         guard let daemon = ProcessWatch(client.process) else {
             return try unmountWithoutDaemon(entry, timeout: timeout)
         }

@@ -62,7 +62,7 @@ public enum Mounts {
             summary.isDead = isDead(entry.mountpoint)
             return summary
         }
-        summary.processID = client.process
+        summary.processID = client.process > 0 ? client.process : nil
         if let answer = client.ask("about") {
             summary.image = answer["image"] ?? entry.source
             summary.since = answer["since"].flatMap { Int($0) }

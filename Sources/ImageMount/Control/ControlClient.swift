@@ -6,11 +6,28 @@ struct ControlClient: ~Copyable {
     private let connection: Int32
     /// The daemon's process id; 0 where it cannot be seen from here.
     let process: pid_t
+    /// Whether too many others wait for the daemon's answer.
+    let isUnheard: Bool
 
     /// Connects to the daemon of a mount; nil where there is none (any more).
+    ///
+    /// Where so many wait for an answer that nobody can join them, there will be none for us:
+    /// no process is known, and every question goes unanswered.
     init?(_ entry: MountEntry) {
-        let connected = try? ControlSocket.make(entry.device) { connect($0, $1, $2) }
-        guard let connected else { return nil }
+        var isUnheard = false
+        let made = try? ControlSocket.make(entry.device) { descriptor, address, length in
+            ControlSocket.limit(descriptor, seconds: 5)
+            let status = connect(descriptor, address, length)
+            isUnheard = status != 0 && errno == EAGAIN
+            return isUnheard ? 0 : status
+        }
+        guard let connected = made else { return nil }
+        if isUnheard {
+            self.isUnheard = true
+            connection = connected
+            process = 0
+            return
+        }
         // Anybody may take a name: only the user who mounted, or root, is believed.
         guard let peer = ControlSocket.peer(of: connected),
             peer.uid == 0 || peer.uid == entry.userID
@@ -18,9 +35,9 @@ struct ControlClient: ~Copyable {
             close(connected)
             return nil
         }
+        self.isUnheard = false
         connection = connected
         process = peer.pid
-        ControlSocket.limit(connection, seconds: 5)
     }
 
     deinit { close(connection) }
