@@ -16,10 +16,28 @@ final class AllocationCounter: Sendable {
     private let round = Atomic<UInt64>(0)
     /// Whether somebody wants to know.
     let isWanted = Atomic(false)
+    /// What the layers below showed, where that may change with nobody writing: nil elsewhere.
+    private let below: Mutex<ShownRuns>?
+
+    /// - Parameter keepsShown: Whether a raw disk is among the layers below.
+    init(keepsShown: Bool) { below = keepsShown ? Mutex(ShownRuns()) : nil }
 
     /// The count, nil until it is done.
     var counted: UInt64? {
-        isDone.load(ordering: .acquiring) ? UInt64(max(byteCount.load(ordering: .relaxed), 0)) : nil
+        guard isDone.load(ordering: .acquiring) else { return nil }
+        // A sum that may be wrong is never 0: tar takes a file without blocks for a hole.
+        let least = below?.withLock(\.isFull) == true ? 512 : 0
+        return UInt64(max(byteCount.load(ordering: .relaxed), least))
+    }
+
+    /// Keeps what the layers below show next, as counting goes on.
+    func keepShown(_ range: Range<UInt64>, isHole: Bool) {
+        below?.withLock { $0.keep(range, isHole: isHole) }
+    }
+
+    /// What they showed when it was counted; nil where that is not known, or cannot have changed.
+    func shown(at offset: UInt64, limit: UInt64) -> (isHole: Bool, byteCount: UInt64)? {
+        below?.withLock { $0.holeOrData(at: offset, limit: limit) } ?? nil
     }
 
     /// Whether changes of `cluster` must be reported.
@@ -53,6 +71,7 @@ final class AllocationCounter: Sendable {
         isDone.store(false, ordering: .releasing)
         reached.store(0, ordering: .relaxed)
         byteCount.store(0, ordering: .relaxed)
+        below?.withLock { $0 = ShownRuns() }
     }
 
     /// Bytes of a guest cluster that are allocated: what has space here, and what shows through.
@@ -152,7 +171,7 @@ extension Image {
             }
         }
         let next = min(map.endOfSlice(from: cluster), end)
-        let shown = try shownByteCounts(cluster, count: Int(next &- cluster))
+        let shown = try shownByteCounts(cluster, count: Int(next &- cluster), isCounting: true)
         try map.withEntries(cluster, count: Int(next &- cluster)) { entries in
             var sum = 0
             for index in 0..<Int(next &- cluster) {
@@ -166,7 +185,10 @@ extension Image {
 
     /// For each subcluster of `count` guest clusters, or each cluster where there are none, how
     /// many bytes the layers below would show; empty without such layers.
-    func shownByteCounts(_ cluster: UInt64, count: Int) throws(ImageError) -> [UInt64] {
+    /// - Parameter isCounting: Whether these are the next ones to be counted.
+    func shownByteCounts(
+        _ cluster: UInt64, count: Int, isCounting: Bool = false
+    ) throws(ImageError) -> [UInt64] {
         guard layerCount > 1 else { return [] }
         let unitBits = map.subclusterBits
         var counts = [UInt64](repeating: 0, count: count &<< Int(map.clusterBits &- unitBits))
@@ -174,8 +196,9 @@ extension Image {
         let end = min(start &+ UInt64(count) &<< map.clusterBits, layers[1].size)
         var offset = start
         while offset < end {
-            let run = try holeOrDataLocked(at: offset, limit: end &- offset, from: 1)
+            let run = try shownOrHole(at: offset, limit: end &- offset)
             let runEnd = offset &+ run.byteCount
+            if isCounting { allocation.keepShown(offset..<runEnd, isHole: run.isHole) }
             while offset < runEnd {
                 let unit = (offset &- start) &>> unitBits
                 let next = min(start &+ (unit &+ 1) &<< unitBits, runEnd)
@@ -184,6 +207,16 @@ extension Image {
             }
         }
         return counts
+    }
+}
+
+extension Image {
+    /// Whether the layers below showed a hole from `offset` on, or show one.
+    private func shownOrHole(
+        at offset: UInt64, limit: UInt64
+    ) throws(ImageError) -> (isHole: Bool, byteCount: UInt64) {
+        if let known = allocation.shown(at: offset, limit: limit) { return known }
+        return try holeOrDataLocked(at: offset, limit: limit, from: 1)
     }
 }
 

@@ -105,7 +105,8 @@ public final class Image: Sendable {
         currentSize = Atomic(layers[0].size)
         ranges = RangeLocks(clusterBits: layers[0].header?.clusterBits ?? 16)
         writing = chain.writing
-        allocation = AllocationCounter()
+        allocation = AllocationCounter(
+            keepsShown: all.indices.dropFirst().contains { all[$0].isRaw })
         logger = chain.options.logger
     }
 
