@@ -40,10 +40,12 @@ struct Check: Verb {
         }
         let bar = progress.report(of: "check")
         let findings = FindingLines(clearing: bar)
-        let check = try ImageCheck(
-            path: image, locking: isShared ? .forceShare : .required, threadCount: 4,
-            report: findings.add, progress: bar?.update)
-        bar?.finish()
+        let check = try ProgressOptions.run(bar, on: image, interrupted: "nothing was changed") {
+            (progress) throws(ImageError) in
+            try ImageCheck(
+                path: image, locking: isShared ? .forceShare : .required, threadCount: 4,
+                report: findings.add, progress: progress)
+        }
         return try CheckReport(check: check, image: image).print(output.form, findings)
     }
 }

@@ -39,7 +39,14 @@ struct ProgressOptions: ParsableArguments {
         _ verb: String, on place: String, interrupted outcome: String,
         _ work: (_ progress: @escaping (Double) -> Bool) throws(ImageError) -> Result
     ) throws -> Result {
-        let bar = report(of: verb)
+        try Self.run(report(of: verb), on: place, interrupted: outcome, work)
+    }
+
+    /// The same with a bar that the caller may clear.
+    static func run<Result>(
+        _ bar: ProgressReport?, on place: String, interrupted outcome: String,
+        _ work: (_ progress: @escaping (Double) -> Bool) throws(ImageError) -> Result
+    ) throws -> Result {
         Interruption.watch()
         do throws(ImageError) {
             let result = try work {

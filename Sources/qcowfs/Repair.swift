@@ -40,14 +40,17 @@ struct Repairing {
     func run(_ scope: RepairScope) throws -> Int32 {
         let bar = progress.report(of: "check")
         let findings = FindingLines(clearing: bar)
-        let repair = try ImageRepair(
-            path: image, scope: scope == .all ? .all : .leaks, report: findings.add,
-            announce: {
-                findings.show()
-                bar?.clear()
-                Failure.writeToStandardError("repair: \($0)\n")
-            }, progress: bar?.update)
-        bar?.finish()
+        // What has begun to be written is written.
+        let repair = try ProgressOptions.run(bar, on: image, interrupted: "nothing was changed") {
+            (progress) throws(ImageError) in
+            try ImageRepair(
+                path: image, scope: scope == .all ? .all : .leaks, report: findings.add,
+                announce: {
+                    findings.show()
+                    bar?.clear()
+                    Failure.writeToStandardError("repair: \($0)\n")
+                }, progress: progress)
+        }
         if let undo = repair.undoPath {
             Failure.writeToStandardError(
                 "repair: the old metadata is in \(undo): qcowfs repair --undo puts it back\n")

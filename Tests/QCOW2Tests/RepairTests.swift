@@ -25,6 +25,21 @@ struct RepairTests {
             (0..<4).map { "write -q -P \($0 + 1) \($0 * 128)k 64k" } + ["write -q -z 1M 64k"])
     }
 
+    @Test("A check or a repair that is cancelled changes nothing")
+    func cancelled() throws {
+        try storeCount(9, of: 5)
+        let before = try TestFile(image, O_RDONLY).read(0..<512 << 10)
+        #expect {
+            try ImageCheck(path: image, progress: { _ in false })
+        } throws: { ($0 as? ImageError)?.kind == .cancelled }
+        #expect {
+            try ImageRepair(path: image, scope: .all, progress: { _ in false })
+        } throws: { ($0 as? ImageError)?.kind == .cancelled }
+        #expect(try TestFile(image, O_RDONLY).read(0..<512 << 10) == before)
+        let repair = try ImageRepair(path: image, scope: .all, progress: { _ in true })
+        #expect(repair.fixedLeakCount > 0)
+    }
+
     private func store(_ value: UInt64, at offset: Int) throws {
         let bytes = withUnsafeBytes(of: value.bigEndian) { Array($0) }
         try TestFile(image, O_RDWR).write(bytes, at: offset)

@@ -201,14 +201,12 @@ struct Amendment {
     private mutating func countAnew() throws(ImageError) {
         var damage: CheckFinding?
         var count = doneCount
-        var isCancelled = false
         let rebuild = try RefcountRebuild(
             file.device, header: new,
-            tableRead: { [self] in
+            tableRead: { [self] () throws(ImageError) in
                 count += 1
-                if self.isCancelled(after: count) { isCancelled = true }
+                if isCancelled(after: count) { throw ImageError(.cancelled, file: file.name) }
             }, report: { damage = damage ?? $0 })
-        if isCancelled { throw ImageError(.cancelled, file: file.name) }
         if let damage {
             if case .countTooLarge = damage {
                 throw ImageError(

@@ -25,11 +25,12 @@ public struct ImageCheck: Sendable, Equatable {
     ///   - locking: What keeps writers away meanwhile.
     ///   - threadCount: How many L2 tables are read at once; at 1 no thread is started.
     ///   - report: Gets each finding as it is met.
-    ///   - progress: Gets the part that is done, from 0 to 1, as the check goes on.
-    /// - Throws: What opening throws, and `.system` or `.malformed` where the walk cannot go on.
+    ///   - progress: Told what part is done, from 0 to 1, as the check goes on; false cancels.
+    /// - Throws: What opening throws, `.system` or `.malformed` where the walk cannot go on, and
+    ///   `.cancelled`.
     public init(
         path: String, locking: OpenOptions.Locking = .required, threadCount: Int = 1,
-        report: @escaping (CheckFinding) -> Void = { _ in }, progress: ((Double) -> Void)? = nil
+        report: @escaping (CheckFinding) -> Void = { _ in }, progress: ((Double) -> Bool)? = nil
     ) throws(ImageError) {
         let device = try FileDevice(path: path, access: .readOnly, mapsBytes: false)
         defer { device.close() }
@@ -38,10 +39,10 @@ public struct ImageCheck: Sendable, Equatable {
     }
 
     /// Checks the image on a device, likewise.
-    /// - Throws: `.system` or `.malformed` where the walk cannot go on.
+    /// - Throws: `.system` or `.malformed` where the walk cannot go on, and `.cancelled`.
     public init(
         _ device: any BlockDevice, threadCount: Int = 1,
-        report: @escaping (CheckFinding) -> Void = { _ in }, progress: ((Double) -> Void)? = nil
+        report: @escaping (CheckFinding) -> Void = { _ in }, progress: ((Double) -> Bool)? = nil
     ) throws(ImageError) {
         self = try Examination(
             device, threadCount: threadCount, report: report, progress: progress
@@ -62,10 +63,10 @@ struct Examination {
 
     init(
         _ device: any BlockDevice, threadCount: Int = 1,
-        report: @escaping (CheckFinding) -> Void = { _ in }, progress: ((Double) -> Void)? = nil
+        report: @escaping (CheckFinding) -> Void = { _ in }, progress: ((Double) -> Bool)? = nil
     ) throws(ImageError) {
         header = try Header.readSupported(from: device)
-        let tally = Tally(report: report, progress: progress)
+        let tally = Tally(of: device.name, report: report, progress: progress)
         var walk = try ReferenceWalk(
             device, header: header, threadCount: threadCount, tableRead: tally.tableRead,
             report: tally.add)
@@ -160,17 +161,23 @@ private final class Tally {
     var tableCount: UInt64 = 0
     private var tablesRead: UInt64 = 0
     private let report: (CheckFinding) -> Void
-    private let progress: ((Double) -> Void)?
+    private let progress: ((Double) -> Bool)?
+    private let name: String
 
-    init(report: @escaping (CheckFinding) -> Void, progress: ((Double) -> Void)?) {
+    init(
+        of name: String, report: @escaping (CheckFinding) -> Void, progress: ((Double) -> Bool)?
+    ) {
+        self.name = name
         self.report = report
         self.progress = progress
     }
 
-    func tableRead() {
+    func tableRead() throws(ImageError) {
         guard let progress else { return }
         tablesRead += 1
-        progress(min(Double(tablesRead) / Double(max(tableCount, 1)), 1))
+        guard progress(min(Double(tablesRead) / Double(max(tableCount, 1)), 1)) else {
+            throw ImageError(.cancelled, file: name)
+        }
     }
 
     func add(_ finding: CheckFinding) {

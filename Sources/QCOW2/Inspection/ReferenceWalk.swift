@@ -21,7 +21,7 @@ package struct ReferenceWalk {
     /// Bytes of the file.
     let fileByteCount: UInt64
     let report: (CheckFinding) -> Void
-    let tableRead: () -> Void
+    let tableRead: () throws(ImageError) -> Void
     let clusterByteCount: UInt64
     /// How many L2 tables are read at once.
     let threadCount: Int
@@ -30,10 +30,10 @@ package struct ReferenceWalk {
     /// - Parameters:
     ///   - header: The header of the image on `device`.
     ///   - threadCount: How many L2 tables are read at once; at 1 no thread is started.
-    ///   - tableRead: Called for each L2 table.
+    ///   - tableRead: Called for each L2 table; what it throws ends the walk.
     package init(
         _ device: any BlockDevice, header: Header, threadCount: Int = 1,
-        tableRead: @escaping () -> Void = {},
+        tableRead: @escaping () throws(ImageError) -> Void = {},
         report: @escaping (CheckFinding) -> Void
     ) throws(ImageError) {
         self.device = device

@@ -45,7 +45,8 @@ struct StoredL2Tables {
     let fileByteCount: UInt64
     /// How many tables are read at once.
     let threadCount: Int
-    let tableRead: () -> Void
+    /// Called for each table; what it throws ends the reading.
+    let tableRead: () throws(ImageError) -> Void
 
     /// Calls `body` with the tables at `offsets`, in their order, on the caller's thread.
     func forEach(
@@ -53,11 +54,11 @@ struct StoredL2Tables {
     ) throws(ImageError) {
         // Past the end everything is zero; a hostile L1 table can ask for that very often.
         let inFile = offsets.filter { $0 < fileByteCount }
-        for _ in inFile.count..<offsets.count { tableRead() }
+        for _ in inFile.count..<offsets.count { try tableRead() }
         try TableReader.forEach(
             inFile, byteCount: byteCount, of: device, threadCount: threadCount
         ) { bytes throws(ImageError) in
-            tableRead()
+            try tableRead()
             try body(StoredL2Table(bytes, isExtended: isExtended))
         }
     }

@@ -22,14 +22,15 @@ public struct ImageRepair: Sendable {
     /// - Parameters:
     ///   - path: Where the image is.
     ///   - scope: How much is repaired.
-    ///   - progress: Gets the part that is done, from 0 to 1, as the check goes on.
+    ///   - progress: Told what part is done, from 0 to 1, as the first check goes on; false
+    ///     cancels, and nothing is changed.
     ///   - report: Gets each finding of the first check.
     ///   - announce: Gets what is going to be done, a line each, before anything is written.
-    /// - Throws: what a check throws; `.locked`; `.system` where the image or the file with the
-    ///   replaced metadata cannot be written.
+    /// - Throws: what a check throws, `.cancelled` too; `.locked`; `.system` where the image or the
+    ///   file with the replaced metadata cannot be written.
     public init(
         path: String, scope: Scope, report: @escaping (CheckFinding) -> Void = { _ in },
-        announce: (String) -> Void = { _ in }, progress: ((Double) -> Void)? = nil
+        announce: (String) -> Void = { _ in }, progress: ((Double) -> Bool)? = nil
     ) throws(ImageError) {
         let device = try Self.open(path)
         defer { device.close() }
@@ -44,7 +45,7 @@ public struct ImageRepair: Sendable {
     package init(
         on device: any BlockDevice, scope: Scope, undoPath: String?,
         report: @escaping (CheckFinding) -> Void = { _ in }, announce: (String) -> Void = { _ in },
-        progress: ((Double) -> Void)? = nil
+        progress: ((Double) -> Bool)? = nil
     ) throws(ImageError) {
         let before = try Examination(device, report: report, progress: progress)
         let plan = try RepairPlanner(device, before, scope).plan()

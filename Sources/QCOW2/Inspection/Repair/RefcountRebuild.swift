@@ -26,11 +26,11 @@ struct RefcountRebuild {
     ///   - header: What the image is counted by; its refcount width is that of the new blocks.
     ///   - keepsUnreferenced: Whether every cluster of the file counts as used, because
     ///     references may be hidden.
-    ///   - tableRead: Called for each L2 table.
+    ///   - tableRead: Called for each L2 table; what it throws ends the work.
     ///   - report: Gets what is met on the way.
     init(
         _ device: any BlockDevice, header: Header, keepsUnreferenced: Bool = false,
-        tableRead: @escaping () -> Void = {},
+        tableRead: @escaping () throws(ImageError) -> Void = {},
         report: @escaping (CheckFinding) -> Void = { _ in }
     ) throws(ImageError) {
         self.header = header
