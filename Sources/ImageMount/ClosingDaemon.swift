@@ -43,7 +43,9 @@ enum ClosingDaemon {
         guard stat(path, &wanted) == 0 else { return false }
         let identity = FileIdentity(wanted)
         return TextFile.names(in: "/proc").contains { process in
-            guard process.first?.isNumber == true, isClosing(process, path) else { return false }
+            guard process.first?.isNumber == true, isClosing(process, path, identity) else {
+                return false
+            }
             let folder = "/proc/\(process)/fd"
             return TextFile.names(in: folder).contains { descriptor in
                 var status = stat()
@@ -55,12 +57,25 @@ enum ClosingDaemon {
 
     /// Whether the process is a qcowfs that shows the image no more: it says so itself, or there is
     /// no mount left that could be its own.
-    private static func isClosing(_ process: String, _ path: String) -> Bool {
+    private static func isClosing(
+        _ process: String, _ path: String, _ identity: FileIdentity
+    ) -> Bool {
         let name = TextFile.contents(of: "/proc/\(process)/comm")?.dropLast()
         if let name, name == processName { return true }
         guard name == "qcowfs", Int32(process) != getpid() else { return false }
         return !MountTable.entries(ofProcess: process).contains {
-            $0.isOurs && ($0.source.contains(path) || path.hasPrefix($0.source + "/"))
+            $0.isOurs && shows($0.source, path, identity)
+        }
+    }
+
+    /// Whether a mount of `source`, an image, some joined by colons, or a directory, may show the
+    /// file, which has other names perhaps.
+    private static func shows(_ source: String, _ path: String, _ identity: FileIdentity) -> Bool {
+        let resolved = (try? Paths.resolved(path)) ?? path
+        if source.contains(path) || resolved.hasPrefix(source + "/") { return true }
+        return ([source] + source.split(separator: ":").map(String.init)).contains { image in
+            var status = stat()
+            return stat(image, &status) == 0 && FileIdentity(status) == identity
         }
     }
 }

@@ -106,11 +106,30 @@ struct LockTests {
         }
     }
 
-    @Test("a second mount of the same image is refused")
+    @Test("a second mount of the same image is refused, whatever it is called")
     func mountsOnce() throws {
         let (folder, top, _) = try chain()
+        let (symbolic, hard) = (folder.file("symbolic.qcow2"), folder.file("hard.qcow2"))
+        symlink(top, symbolic)
+        link(top, hard)
         let mount = try TestMount(top, in: folder)
-        try expectMountRefused(top, in: folder, naming: ["top.qcow2"])
+        let other = try folder.directory("other")
+        for name in [top, symbolic, hard] {
+            // Sooner than one waits for a daemon that is closing.
+            expectRefusal(
+                try qcowfs("mount", name, other, timeout: 8), naming: "\(try mount.daemon())")
+        }
         try mount.unmount()
+    }
+
+    @Test("an image that is named twice is not said to be held by somebody")
+    func namedTwice() throws {
+        let (folder, top, _) = try chain()
+        let other = folder.file("other.qcow2")
+        link(top, other)
+        let mountpoint = try folder.directory("mnt")
+        expectRefusal(try qcowfs("mount", top, other, mountpoint), naming: "this process itself")
+        expectRefusal(
+            try qcowfs("convert", "-O", "qcow2", top, other), naming: "this process itself")
     }
 }

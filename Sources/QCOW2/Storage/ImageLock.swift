@@ -47,6 +47,23 @@ package enum ImageLock {
     /// - Throws: `.locked`, with the program that holds the file where it can be found.
     @discardableResult
     package static func take(_ mode: Mode, on device: FileDevice) throws(ImageError) -> Outcome {
+        var attempt = 0
+        while true {
+            if let outcome = try attemptToTake(mode, on: device) { return outcome }
+            let holder = LockHolder.first(of: device, bytes: mode.testedBytes)
+            attempt += 1
+            // One that cannot be seen may have gone since.
+            guard holder != nil || attempt == 3 else { continue }
+            let wanted: ImageError.LockRequest = mode == .writer ? .write : .read
+            throw ImageError(
+                .locked(holder: holder?.description, wanted: wanted), file: device.name)
+        }
+    }
+
+    /// Nil where another program has a lock that is in the way.
+    private static func attemptToTake(
+        _ mode: Mode, on device: FileDevice
+    ) throws(ImageError) -> Outcome? {
         do throws(SystemError) {
             for byte in mode.lockedBytes {
                 try Platform.setByteLock(device.descriptor, byte: byte, type: F_RDLCK)
@@ -65,9 +82,7 @@ package enum ImageLock {
             }
         }
         drop(mode, on: device)
-        let wanted: ImageError.LockRequest = mode == .writer ? .write : .read
-        let holder = LockHolder.first(of: device, bytes: mode.testedBytes)
-        throw ImageError(.locked(holder: holder?.description, wanted: wanted), file: device.name)
+        return nil
     }
 
     /// Whether `take` would be refused now.  Takes nothing: for `.reader` it says whether somebody

@@ -8,7 +8,11 @@ package struct LockHolder: Equatable, Sendable, CustomStringConvertible {
     package let program: String
     package let processID: Int32
 
-    package var description: String { "\(program) (pid \(processID))" }
+    package var description: String {
+        processID == getpid()
+            ? "this process itself (pid \(processID), is it named twice?)"
+            : "\(program) (pid \(processID))"
+    }
 
     /// The first process found with a lock on one of `bytes` of the file that `device` has open;
     /// nil where none can be seen, as another user's mostly cannot.
