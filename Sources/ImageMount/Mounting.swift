@@ -59,6 +59,7 @@ public enum Mounting {
         LibraryLog.pass(to: daemon.options.logger)
         let status = daemon.serve(session) { error in
             if let error { failure.keep(error) } else { whenReady(daemon.rawFiles) }
+            return true
         }
         if let error = failure.error { throw error }
         return status
@@ -68,7 +69,7 @@ public enum Mounting {
         _ daemon: Daemon, _ session: borrowing Session, _ inherited: [Int32],
         _ whenReady: @escaping @Sendable ([String]) -> Void
     ) throws(MountError) -> Int32 {
-        let pipe = try ReadinessPipe()
+        let channel = try ReadinessChannel()
         let process = Background.fork()
         guard process >= 0 else {
             let error = SystemError.last
@@ -76,17 +77,16 @@ public enum Mounting {
             throw MountError("", "the daemon cannot be started: \(error)")
         }
         if process > 0 {
-            SignalWatch.unblock()
-            try pipe.wait(for: process)
+            try channel.wait(for: process)
             whenReady(daemon.rawFiles)
             // What was opened belongs to the daemon now.
             fflush(nil)
             _exit(0)
         }
-        pipe.keepWriting()
+        channel.keepDaemonEnd()
         Background.letGo(of: inherited)
         LibraryLog.pass(to: daemon.options.logger)
-        _exit(daemon.serve(session) { pipe.report($0) })
+        _exit(daemon.serve(session) { channel.report($0) })
     }
 
     /// Frees the paths in `options` from the working directory, which the daemon leaves.

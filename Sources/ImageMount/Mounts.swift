@@ -64,7 +64,9 @@ public enum Mounts {
         }
         summary.processID = client.process > 0 ? client.process : nil
         if let answer = client.ask("about") {
-            summary.image = answer["image"] ?? entry.source
+            if let bytes = answer["image"].flatMap({ ControlWords.decoded($0[...]) }) {
+                summary.image = String(decoding: bytes, as: UTF8.self)
+            }
             summary.since = answer["since"].flatMap { Int($0) }
         }
         return summary

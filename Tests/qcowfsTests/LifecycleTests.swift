@@ -329,6 +329,32 @@ struct LifecycleTests {
         #expect(try unmounting.wait(timeout: 20).status == 0)
     }
 
+    @Test("a mount whose caller is ended meanwhile does not stay, or has begun")
+    func callerEnded() throws {
+        let folder = try TemporaryDirectory()
+        let path = try image(folder)
+        let mountpoint = try folder.directory("mnt")
+        for round in 0..<30 {
+            let running = try Command.start([TestEnvironment.program, "mount", path, mountpoint])
+            usleep(UInt32(round * 700))
+            kill(running.pid, SIGINT)
+            if try running.wait(timeout: 20).status == 0 {
+                try Command.require([TestEnvironment.program, "umount", mountpoint], timeout: 20)
+            } else {
+                #expect(eventually { !TestMount.isMountpoint(mountpoint) }, "round \(round)")
+            }
+        }
+    }
+
+    @Test("list names an image whose name has a newline")
+    func listedNewline() throws {
+        let folder = try TemporaryDirectory()
+        let mount = try TestMount(try image(folder, "a\nb=c.qcow2"), in: folder)
+        let json = try qcowfs("list", "--json")
+        #expect(json.output.contains("/a\\nb=c.qcow2\""), "\(json)")
+        try mount.unmount()
+    }
+
     @Test("list shows this user's mounts")
     func list() throws {
         let folder = try TemporaryDirectory()

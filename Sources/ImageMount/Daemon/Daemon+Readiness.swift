@@ -5,7 +5,7 @@ internal import Synchronization
 
 extension Daemon {
     /// Does what is to be done from outside the loop before the mount counts as made.
-    func becomeReady(_ control: ControlServer, _ report: @Sendable (MountError?) -> Void) {
+    func becomeReady(_ control: ControlServer, _ report: @Sendable (MountError?) -> Bool) {
         do throws(MountError) {
             if options.writesBack, !options.isReadOnly, let file = catalogue.rootFile {
                 // While the kernel writes back it trusts its own size, and a file that is a
@@ -17,9 +17,10 @@ extension Daemon {
             tune(device)
             try control.start(device)
             try writePidFile()
-            report(nil)
+            // Who mounted may have been ended meanwhile: then nobody knows of the mount.
+            if !report(nil) { abandon() }
         } catch {
-            report(error)
+            _ = report(error)
             abandon()
         }
     }

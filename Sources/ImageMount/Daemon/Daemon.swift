@@ -33,9 +33,9 @@ final class Daemon: Sendable {
     /// status.
     ///
     /// - Parameter whenReady: called once, when the files can be read or it is known that they
-    ///   cannot.
+    ///   cannot; answers whether anybody waits for that.
     func serve(
-        _ session: borrowing Session, whenReady: @escaping @Sendable (MountError?) -> Void
+        _ session: borrowing Session, whenReady: @escaping @Sendable (MountError?) -> Bool
     ) -> Int32 {
         let control = ControlServer(answering: { self.answer($0) })
         let signals = SignalWatch(self)
@@ -48,7 +48,7 @@ final class Daemon: Sendable {
             try session.serve(threadCount: threadCount)
         } catch {
             options.logger.error("\(error)")
-            whenReady(error)
+            _ = whenReady(error)
             session.giveUp()
         }
         return finish(control, signals)
@@ -110,8 +110,8 @@ final class Daemon: Sendable {
         switch question {
         case "about":
             [
-                ("pid", "\(getpid())"), ("mountpoint", mountpoint), ("image", catalogue.source),
-                ("since", "\(since)"),
+                ("pid", "\(getpid())"), ("since", "\(since)"),
+                ("image", ControlWords.encoded(catalogue.source.utf8)),
                 ("mode", options.isReadOnly || options.forcesShare ? "ro" : "rw"),
             ]
         case "stats": counters.pointer.pointee.lines()

@@ -12,17 +12,23 @@ final class SignalWatch: Sendable {
 
     init(_ daemon: Daemon) { self.daemon = daemon }
 
+    private static let ending = [SIGTERM, SIGINT, SIGHUP]
+
     private static var watched: sigset_t {
         var signals = sigset_t()
         sigemptyset(&signals)
-        for signal in [SIGTERM, SIGINT, SIGHUP] { sigaddset(&signals, signal) }
+        for signal in ending { sigaddset(&signals, signal) }
         return signals
     }
 
-    /// Takes the signals again as any process does: in the caller, which only waits for the daemon.
-    static func unblock() {
-        var signals = watched
-        pthread_sigmask(SIG_UNBLOCK, &signals, nil)
+    /// In the caller, which only waits for the daemon: signals end it as they end any process, as
+    /// long as there is nothing to read at `descriptor`, and no longer.
+    static func waitUntilReadable(_ descriptor: Int32) {
+        var signals = sigset_t()
+        pthread_sigmask(SIG_BLOCK, nil, &signals)
+        for signal in ending { sigdelset(&signals, signal) }
+        var question = pollfd(fd: descriptor, events: Int16(POLLIN), revents: 0)
+        while ppoll(&question, 1, nil, &signals) < 0 && errno == EINTR {}
     }
 
     /// Blocks the signals in this thread and in every thread that it will start.
