@@ -54,11 +54,12 @@ extension Catalogue {
             throw MountError(image, "an image is a regular file, or a directory of them")
         }
         let writes = !options.isReadOnly && !options.forcesShare && options.overlay == nil
-        if kind == S_IFREG, writes, access(image, W_OK) != 0, access(image, R_OK) == 0 {
-            throw MountError(
-                image,
-                "may only be read (\(SystemError(code: EACCES))):"
-                    + " give --read-only to mount it so")
+        if kind == S_IFREG, writes, access(image, W_OK) != 0 {
+            let refusal = SystemError.last
+            if access(image, R_OK) == 0 {
+                throw MountError(
+                    image, "may only be read (\(refusal)): give --read-only to mount it so")
+            }
         }
         do throws(SystemError) {
             return try Paths.resolvedExceptLast(image)

@@ -29,7 +29,9 @@ package struct ShownRuns {
 
     /// Whether the bytes from `offset` on were a hole, and for how many, at most `limit`; nil where
     /// that is not known.
-    package func holeOrData(at offset: UInt64, limit: UInt64) -> (isHole: Bool, byteCount: UInt64)? {
+    package func holeOrData(
+        at offset: UInt64, limit: UInt64
+    ) -> (isHole: Bool, byteCount: UInt64)? {
         guard offset < end else { return nil }
         var (low, high) = (0, runs.count)
         while low < high {

@@ -232,6 +232,8 @@ struct ExposedFileTests {
             #expect(try file.nextData(from: 2.MiB) == 5.MiB)
             #expect(try file.nextHole(from: 5.MiB) == 5.MiB + 64.KiB)
             expectError(ENXIO) { _ = try file.nextHole(from: Self.size) }
+            expectError(ENXIO) { _ = try file.nextHole(from: -1) }
+            #expect(try file.nextData(from: -1) == nil)
         }
     }
 

@@ -80,7 +80,9 @@ extension fuse_lowlevel_ops {
         operations.lseek = { request, number, offset, whence, info in
             guard let handle = Handle(info) else { return refuse(request) }
             serve(request) {
-                answerSeek(whence, from: UInt64(clamping: offset), number, handle, $0, $1)
+                // What is below 0 is past every end.
+                answerSeek(
+                    whence, from: UInt64(truncatingIfNeeded: offset), number, handle, $0, $1)
             }
         }
         return operations
