@@ -82,11 +82,14 @@ struct Snapshots: Verb {
         _ body: (Image) throws(ImageError) -> Void,
         throughDaemon: (ImageHolder) throws(MountError) -> Void
     ) throws {
-        // It is done in a moment, and half of it would waste space.
-        Interruption.watch()
         try HeldImage.change(
             image,
-            opening: { path throws(ImageError) in try Image.openAlone(path) },
+            opening: { path throws(ImageError) in
+                let image = try Image.openAlone(path)
+                // It is done in a moment, and half of it would waste space.
+                Interruption.watch()
+                return image
+            },
             body, throughDaemon: throughDaemon)
     }
 

@@ -207,7 +207,7 @@ struct ImageLockTests {
                 return
             }
             #expect(wanted == (mode == .writer ? .write : .read), sourceLocation: sourceLocation)
-            #expect(holder?.contains("(pid \(getpid()))") == true, sourceLocation: sourceLocation)
+            #expect(holder?.contains("pid \(getpid())") == true, sourceLocation: sourceLocation)
         }
     }
 
