@@ -49,31 +49,34 @@ struct SnapshotMountTests {
         try makeImage(image)
         let mount = try TestMount(image, in: folder, options: ["--snapshots"])
         #expect(try names(mount) == ["disk.raw"])
-        let file = try mount.open()
-        try file.write([UInt8](repeating: 0x11, count: 70_000), at: 5000)
-        try snapshot("-c", "a", image)
-        #expect(try names(mount) == ["disk.raw", "disk@a.raw"])
-        try file.write([UInt8](repeating: 0x22, count: 70_000), at: 5000)
-        let kept = try TestFile(mount.mountpoint + "/disk@a.raw", O_RDONLY)
-        #expect(try holds(kept, 5000..<75_000, 0x11))
-        #expect(try holds(file, 5000..<75_000, 0x22))
-        let refusal = #expect(throws: CallError.self) {
-            try TestFile(mount.mountpoint + "/disk@a.raw", O_RDWR)
+        do {
+            let file = try mount.open()
+            try file.write([UInt8](repeating: 0x11, count: 70_000), at: 5000)
+            try snapshot("-c", "a", image)
+            #expect(try names(mount) == ["disk.raw", "disk@a.raw"])
+            try file.write([UInt8](repeating: 0x22, count: 70_000), at: 5000)
+            let kept = try TestFile(mount.mountpoint + "/disk@a.raw", O_RDONLY)
+            #expect(try holds(kept, 5000..<75_000, 0x11))
+            #expect(try holds(file, 5000..<75_000, 0x22))
+            let refusal = #expect(throws: CallError.self) {
+                try TestFile(mount.mountpoint + "/disk@a.raw", O_RDWR)
+            }
+            #expect(refusal?.code == EROFS)
+            #expect(truncate(mount.mountpoint + "/disk@a.raw", 1 << 30) != 0 && errno == EROFS)
+            expectRefusal(try qcowfs("snapshot", "-d", "a", image), naming: "being read")
+            try snapshot("-a", "a", image)
+            #expect(try holds(file, 5000..<75_000, 0x11))
+            let list = try qcowfs("snapshot", "-l", image).output
+            #expect(list.contains(" a "))
+            withExtendedLifetime(kept) {}
+            try snapshot("-c", "b", image)
+            #expect(try names(mount) == ["disk.raw", "disk@a.raw", "disk@b.raw"])
+            try snapshot("-d", "b", image)
+            #expect(try names(mount) == ["disk.raw", "disk@a.raw"])
+            #expect(access(mount.mountpoint + "/disk@b.raw", F_OK) != 0)
+            withExtendedLifetime(file) {}
         }
-        #expect(refusal?.code == EROFS)
-        #expect(truncate(mount.mountpoint + "/disk@a.raw", 1 << 30) != 0 && errno == EROFS)
-        expectRefusal(try qcowfs("snapshot", "-d", "a", image), naming: "being read")
-        try snapshot("-a", "a", image)
-        #expect(try holds(file, 5000..<75_000, 0x11))
-        let list = try qcowfs("snapshot", "-l", image).output
-        #expect(list.contains(" a "))
-        withExtendedLifetime(kept) {}
-        try snapshot("-c", "b", image)
-        #expect(try names(mount) == ["disk.raw", "disk@a.raw", "disk@b.raw"])
-        try snapshot("-d", "b", image)
-        #expect(try names(mount) == ["disk.raw", "disk@a.raw"])
-        #expect(access(mount.mountpoint + "/disk@b.raw", F_OK) != 0)
-        withExtendedLifetime(file) {}
+        try mount.unmount()
     }
 
     @Test("A snapshot's file is read-only to its owner as to root, and says so")
@@ -253,11 +256,13 @@ struct SnapshotMountTests {
         let mount = try TestMount(images, in: folder, options: ["--snapshots"])
         #expect(
             try names(mount) == ["one.raw", "one@kept.raw", "two.raw", "two@kept.raw"])
-        let kept = try TestFile(mount.mountpoint + "/two@kept.raw", O_RDONLY)
-        let disk = try TestFile(mount.mountpoint + "/two.raw", O_RDWR)
-        try disk.write([UInt8](repeating: 9, count: 4096), at: 0)
-        #expect(try holds(kept, 0..<4096, 0xA1) && holds(disk, 0..<4096, 9))
-        withExtendedLifetime((kept, disk)) {}
+        do {
+            let kept = try TestFile(mount.mountpoint + "/two@kept.raw", O_RDONLY)
+            let disk = try TestFile(mount.mountpoint + "/two.raw", O_RDWR)
+            try disk.write([UInt8](repeating: 9, count: 4096), at: 0)
+            #expect(try holds(kept, 0..<4096, 0xA1) && holds(disk, 0..<4096, 9))
+        }
+        try mount.unmount()
     }
 
     @Test(
