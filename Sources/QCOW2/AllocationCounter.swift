@@ -208,9 +208,7 @@ extension Image {
         }
         return counts
     }
-}
 
-extension Image {
     /// Whether the layers below showed a hole from `offset` on, or show one.
     private func shownOrHole(
         at offset: UInt64, limit: UInt64

@@ -39,14 +39,14 @@ extension Image {
         guard let room = try takeRoom(entries.count * 8, writing) else { return }
         writing.guarded.remove(room)
         for cluster in room.first..<room.end { writing.guarded.addTable(cluster) }
-        try writing.markDirty(true, header)
+        try writing.beginChange(header)
         try raise(tree, room, writing)
         try tree.clearCopied()
         let old = try stopAndSwitch(to: entries, at: room, byteCount: byteCount, writing)
         // Nothing leads to the old tables any more.
         try drop(old, writing)
         for _ in 0..<2 { try writing.commit.tidy() }
-        try writing.markDirty(false, header)
+        try writing.endChange(header)
         countAllocationAgain()
     }
 
@@ -67,7 +67,7 @@ extension Image {
                 done -= 1
             }
             try writing.allocator.release(room)
-            try writing.markDirty(false, header)
+            try writing.endChange(header)
             throw error
         }
         try writing.commit.now()

@@ -136,7 +136,7 @@ extension Image {
         try followClients(writing)
         try dropCaptured(writing)
         if writing.capture.coveredTableCount > 0 { try restoreCopied(writing) }
-        try writing.markDirty(false, header)
+        try writing.endChange(header)
     }
 
     private func dropCaptured(_ writing: Writing) throws(ImageError) {

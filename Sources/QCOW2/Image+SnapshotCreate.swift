@@ -82,7 +82,7 @@ extension Image {
         var tableRoom: ClusterRun?
         var isSwitched = false
         do throws(ImageError) {
-            try writing.markDirty(true, header)
+            try writing.beginChange(header)
             new.l1Offset = (l1Room?.first ?? 0) &<< map.clusterBits
             tableRoom = try takeRoom((old + [new]).tableByteCount, writing)
             try capture(writing)
@@ -99,7 +99,7 @@ extension Image {
             if !isSwitched { try giveUp([l1Room, tableRoom], writing) }
             throw error
         }
-        try writing.markDirty(false, header)
+        try writing.endChange(header)
     }
 
     /// Live VM state belongs to no disk; the snapshot would keep it for ever.

@@ -35,7 +35,7 @@ extension Image {
     ) throws(ImageError) {
         let rest = try snapshots().filter { $0.l1Offset != snapshot.l1Offset }
         let room = try takeRoom(rest.tableByteCount, writing)
-        try writing.markDirty(true, header)
+        try writing.beginChange(header)
         try writeTable(of: rest, to: room, writing)
         try writing.commit.now()
         try switchTable(to: rest, at: room, writing)
@@ -48,6 +48,6 @@ extension Image {
             map.drop([l1Clusters])
         }
         try restoreCopied(writing)
-        try writing.markDirty(false, header)
+        try writing.endChange(header)
     }
 }

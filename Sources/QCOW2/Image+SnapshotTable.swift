@@ -190,11 +190,22 @@ extension Image {
 }
 
 extension Image.Writing {
-    /// Sets or clears the dirty bit (version 3), durably: after a crash in between, counts that are
-    /// too high are put right by whoever opens the image; after a failure in between, by `close()`.
-    func markDirty(_ isDirty: Bool, _ atOpen: Header) throws(ImageError) {
-        let unfinished = unfinishedChangeCount.add(isDirty ? 1 : -1, ordering: .releasing).newValue
-        guard atOpen.version == 3, isDirty || unfinished == 0 else { return }
+    /// A change begins, during which counts may be too high: the dirty bit (version 3) says so,
+    /// durably, to whoever opens the image after a crash.  Where the change fails before its end,
+    /// `close()` puts the counts right.
+    func beginChange(_ atOpen: Header) throws(ImageError) {
+        unfinishedChangeCount.add(1, ordering: .releasing)
+        try setDirty(true, atOpen)
+    }
+
+    /// The change is done, or was taken back: counts are what they should be.
+    func endChange(_ atOpen: Header) throws(ImageError) {
+        let others = unfinishedChangeCount.subtract(1, ordering: .releasing).newValue
+        if others == 0 { try setDirty(false, atOpen) }
+    }
+
+    private func setDirty(_ isDirty: Bool, _ atOpen: Header) throws(ImageError) {
+        guard atOpen.version == 3 else { return }
         let other = atOpen.incompatibleFeatures.subtracting(.dirty)
         let features = isDirty ? other.union(.dirty) : other
         header.change {

@@ -28,7 +28,7 @@ package final class ClusterAllocator: Sendable {
         /// 4 KiB pages of the table changed since the last freeze.
         var dirtyTablePages: Set<Int> = []
         var tableHasMoved = false
-        /// By number of a block that the image came with: whether its counts can be.
+        /// For each block that the image came with: whether `vet` has looked at its counts.
         var isVetted: [Bool]
         /// No cluster below is free.
         var hint: UInt64 = 1
