@@ -269,38 +269,40 @@ struct LifecycleTests {
         try mount.unmount()
     }
 
-    @Test("umount does not wait for a daemon that is stopped")
-    func stopped() throws {
+    /// Stops the daemon of a mount while `body` runs.
+    private func whileStopped(_ body: (TestMount, pid_t) throws -> Void) throws {
         let folder = try TemporaryDirectory()
         let mount = try TestMount(try image(folder), in: folder)
         let daemon = try mount.daemon()
         kill(daemon, SIGSTOP)
-        defer { kill(daemon, SIGCONT) }
-        expectRefusal(
-            try qcowfs("umount", "--timeout", "1", mount.mountpoint, timeout: 20),
-            naming: "does not answer", "\(daemon)", "kill")
+        let outcome = Result { try body(mount, daemon) }
         kill(daemon, SIGCONT)
+        try outcome.get()
         try mount.unmount()
+    }
+
+    @Test("umount does not wait for a daemon that is stopped")
+    func stopped() throws {
+        try whileStopped { mount, daemon in
+            expectRefusal(
+                try qcowfs("umount", "--timeout", "1", mount.mountpoint, timeout: 20),
+                naming: "does not answer", "\(daemon)", "kill")
+        }
     }
 
     @Test("nobody waits for a daemon that is stopped, however many have asked it before")
     func stoppedAndAsked() throws {
-        let folder = try TemporaryDirectory()
-        let mount = try TestMount(try image(folder), in: folder)
-        let daemon = try mount.daemon()
-        kill(daemon, SIGSTOP)
-        defer { kill(daemon, SIGCONT) }
-        // Each question stays in the daemon's queue, whoever asked it has gone or not.
-        let asking = try (0..<40).map { _ in
-            try Command.start([TestEnvironment.program, "stats", mount.mountpoint])
+        try whileStopped { mount, _ in
+            // Each question stays in the daemon's queue, whoever asked it has gone or not.
+            let asking = try (0..<40).map { _ in
+                try Command.start([TestEnvironment.program, "stats", mount.mountpoint])
+            }
+            for question in asking { #expect(try question.wait(timeout: 20).status == 1) }
+            expectRefusal(
+                try qcowfs("umount", "--timeout", "1", mount.mountpoint, timeout: 20),
+                naming: "does not answer", "kill")
+            #expect(try qcowfs("list", timeout: 20).output.contains(mount.mountpoint))
         }
-        for question in asking { #expect(try question.wait(timeout: 20).status == 1) }
-        expectRefusal(
-            try qcowfs("umount", "--timeout", "1", mount.mountpoint, timeout: 20),
-            naming: "does not answer", "kill")
-        #expect(try qcowfs("list", timeout: 20).output.contains(mount.mountpoint))
-        kill(daemon, SIGCONT)
-        try mount.unmount()
     }
 
     @Test("umount refuses what is not mounted")

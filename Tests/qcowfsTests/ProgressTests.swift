@@ -39,6 +39,30 @@ struct ProgressTests {
         #expect(quiet.errors.isEmpty, "\(quiet)")
     }
 
+    @Test(
+        "Ctrl-C ends a check, and a repair that has not begun to write, with a sentence",
+        arguments: ["check", "check --repair all", "repair"])
+    func interrupted(verb: String) throws {
+        let folder = try TemporaryDirectory()
+        let (image, progress) = (folder.file("disk.qcow2"), folder.file("progress"))
+        try Command.require(
+            TestEnvironment.program, "create", "-o", "cluster_size=512,preallocation=metadata",
+            image, "4G")
+        try #require(mkfifo(progress, 0o600) == 0)
+        let running = try Command.start([
+            "bash", "-c",
+            "exec \(TestEnvironment.program) \(verb) --progress-fd 9 \(image) 9> \(progress)",
+        ])
+        let lines = open(progress, O_RDONLY | O_CLOEXEC)
+        defer { close(lines) }
+        // The first line comes when the work has gone on for a while.
+        var byte: UInt8 = 0
+        #expect(read(lines, &byte, 1) == 1)
+        kill(running.pid, SIGINT)
+        expectRefusal(
+            try running.wait(timeout: 20), naming: image, "interrupted; nothing was changed")
+    }
+
     @Test("a descriptor that nothing can be written to is wrong usage, before anything is done")
     func closedDescriptor() throws {
         let folder = try TemporaryDirectory()

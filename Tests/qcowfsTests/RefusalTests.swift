@@ -136,6 +136,19 @@ struct RefusalTests {
         let mountpoint = try folder.directory("mnt")
         chown(mountpoint, 65534, 65534)
         guard let result = try asNobody("mount", image, mountpoint) else { return }
-        expectRefusal(result, naming: "disk.qcow2", "--read-only")
+        expectRefusal(result, naming: "disk.qcow2", "Permission denied", "--read-only")
+    }
+
+    @Test("an image on a read-only file system, naming --read-only")
+    func readOnlyFileSystem() throws {
+        guard geteuid() == 0 else { return }
+        let folder = try TemporaryDirectory()
+        let disk = try folder.directory("disk")
+        try Command.require("mount", "-t", "tmpfs", "none", disk)
+        defer { _ = try? Command.run(["umount", disk]) }
+        try makeImage(disk + "/disk.qcow2")
+        try Command.require("mount", "-o", "remount,ro", disk)
+        try expectMountRefused(
+            disk + "/disk.qcow2", in: folder, naming: ["Read-only file system", "--read-only"])
     }
 }
